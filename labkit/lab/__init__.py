@@ -1,0 +1,14 @@
+"""What a notebook needs around the science: start, claims, figures, widgets, progress, runs and reports."""
+
+from labkit._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "cache": [],
+        "claims": ["Verdict", "Verdicts"],
+        "figures": [],
+        "session": ["Run", "start"],
+        "widgets": [],
+    },
+)
