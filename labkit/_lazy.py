@@ -38,7 +38,9 @@ def attach(
             return value
         if name in submodules:
             return importlib.import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}; public names: {', '.join(public)}")
+        raise AttributeError(
+            f"module {package!r} has no attribute {name!r}; public names: {', '.join(public)}"
+        )
 
     def __dir__() -> list[str]:
         return sorted({*public, *submodules})
