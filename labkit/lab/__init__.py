@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = attach(
         "cache": [],
         "claims": ["Verdict", "Verdicts"],
         "figures": [],
-        "session": ["Run", "start"],
+        "progress": [],
+        "session": ["Run", "environment", "start"],
         "widgets": [],
     },
 )
