@@ -24,7 +24,7 @@ from labkit.lab import notebook, project
 TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
-        "check", "cli", "doctor", "fingerprint", "hygiene", "live", "math", "notebook", "project", "refresh",
+        "check", "cli", "doctor", "fingerprint", "hygiene", "listing", "live", "notebook", "project", "refresh",
         "report", "runner", "scaffold", "spacing", "worker",
     )
 )  # fmt: skip

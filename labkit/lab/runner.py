@@ -148,9 +148,7 @@ def load_all(out: Path) -> list[RunResult]:
     return [run for run in found if run is not None]
 
 
-def check_parameters(
-    paper: papers.Paper | None, path: Path, parameters: Mapping[str, Any]
-) -> dict[str, Any]:
+def check_parameters(paper: papers.Paper | None, path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a run, checked before a kernel starts.
 
     Raises
@@ -166,7 +164,11 @@ def check_parameters(
         if name not in known:
             raise ValueError(f"{path.name} has no parameter {name!r}; {papers.nearest(name, known)}")
         wanted = type(known[name])
-        if known[name] is not None and not isinstance(value, wanted) and not (wanted is float and type(value) is int):
+        if (
+            known[name] is not None
+            and not isinstance(value, wanted)
+            and not (wanted is float and type(value) is int)
+        ):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; a {wanted.__name__} is wanted")
     return {**known, **parameters}
 

@@ -163,6 +163,7 @@ def _leave_with_runner() -> None:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """What stopped a run, as a record: name, message, last lines of the traceback."""
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     if isinstance(error, PapermillExecutionError):
@@ -171,6 +172,8 @@ def describe(error: BaseException) -> dict[str, Any]:
             "message": _plain(error.evalue)[-2000:],
             "traceback": _plain("\n".join(error.traceback)).splitlines()[-25:],
         }
+    if isinstance(error, DeadKernelError):
+        return {"name": "KernelDied", "message": "the kernel was killed or crashed", "traceback": []}
     lines = traceback.format_exception(error)
     return {
         "name": type(error).__name__,
@@ -198,7 +201,9 @@ def outcome(error: BaseException | None, timed_out: bool) -> str:
         return "failed"
     if isinstance(error, DeadKernelError):
         return "died"
-    if isinstance(error, RuntimeError) and ("before replying" in str(error) or "didn't respond" in str(error)):
+    if isinstance(error, RuntimeError) and (
+        "before replying" in str(error) or "didn't respond" in str(error)
+    ):
         return NEVER_ANSWERED
     return "failed"
 
@@ -225,7 +230,7 @@ def main(argument: str) -> None:
 
     def report_memory() -> None:
         while not watch.finished.wait(1.0):
-            emit("memory", mb=round(watch.peak / 2**20))
+            emit("memory", mb=round(watch.peak / 1e6))
 
     watch = Watch(spec["timeout"])
     started = time.monotonic()
@@ -238,16 +243,24 @@ def main(argument: str) -> None:
     status = outcome(error, watch.timed_out)
     if nb is not None:
         notebook.write(notebook.strip(nb), Path(spec["folder"]) / "executed.ipynb")
+    failure = None if error is None else {"cell": seen["index"], **describe(error)}
+    if status == "timeout":
+        failure = {
+            "cell": seen["index"],
+            "name": "Timeout",
+            "message": f"stopped after the {spec['timeout']:g} s that the run was given",
+            "traceback": [],
+        }
     emit(
         "done",
         status=status,
         seconds=round(seconds, 2),
-        peak_memory_mb=round(watch.peak / 2**20, 1),
+        peak_memory_mb=round(watch.peak / 1e6, 1),
         cells={
             "done": seen["index"] + (status == "ok"),
             "total": seen["total"] or (len(nb.cells) if nb is not None else 0),
         },
-        error=None if error is None else {"cell": seen["index"], **describe(error)},
+        error=failure,
     )
     with turn:
         events.close()
