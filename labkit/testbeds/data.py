@@ -1,7 +1,7 @@
-"""Find real data sets by name: a local folder first, then the Hugging Face hub, else an error that says what to do.
+"""Find real data sets by name: in a local folder, on the Hugging Face hub, or through a helpful error.
 
-The local folder is named by the environment variable ``LABKIT_DATA`` and holds one folder a data set. Nothing is
-downloaded when ``HF_HUB_OFFLINE`` is set.
+The local folder is named by the environment variable ``LABKIT_DATA`` and holds one folder a data set. Nothing
+is downloaded when ``HF_HUB_OFFLINE`` is set.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DataSet:
     hub: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.what}, about {self.megabytes:g} MB, licence: {self.licence}, from {self.source}"
+        facts = f"about {self.megabytes:g} MB, licence: {self.licence}"
+        return f"{self.name}: {self.what}, {facts}, from {self.source}"
 
 
 _ALL = (
@@ -190,8 +191,8 @@ def find(name: str) -> Path:
     ValueError
         When the data set's name is unknown (the nearest one is given) or the path leaves its folder.
     FileNotFoundError
-        When it is neither in ``LABKIT_DATA`` nor to be had from the hub; the message says what it is, how large,
-        under what licence, and where to get it. Also for a file that the data set does not hold.
+        When it is neither in ``LABKIT_DATA`` nor to be had from the hub; the message says what it is, how
+        large, under what licence, and where to get it. Also for a file that the data set does not hold.
 
     Examples
     --------
@@ -218,7 +219,7 @@ def find(name: str) -> Path:
 def _from_hub(entry: DataSet, looked_at: Path | None) -> Path:
     """Fetch a data set's files from the hub, or say how to get it."""
     place = f"{looked_at} does not exist" if looked_at is not None else f"{ENVIRONMENT} is not set"
-    advice = f"Get it from {entry.source}, put it into a folder {entry.name!r}, and let {ENVIRONMENT} name its parent."
+    advice = f"Get it from {entry.source} into a folder {entry.name!r} and let {ENVIRONMENT} name its parent."
     if entry.hub is None:
         raise FileNotFoundError(f"{entry}. {place}, and it is not on the hub in this layout. {advice}")
     from huggingface_hub import snapshot_download
