@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = attach(
     {
         "corpus": ["split", "stdlib_text"],
         "data": [],
-        "language": [],
         "models": ["tiny", "tiny_config"],
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
