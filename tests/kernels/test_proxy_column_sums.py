@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from labkit.kernels.proxy_column_sums import BLOCK_ELEMENTS, _choose, proxy_column_sums
+from labkit.kernels.proxy_column_sums import _choose, proxy_column_sums
 from labkit.lab.bench import peak_memory
 
 from .agreement import PROXY_CASES, assert_proxy_agrees, proxy_inputs
@@ -50,7 +50,9 @@ def test_agrees_with_loops(case, backend):
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("case", PROXY_CASES, ids=str)
 def test_chunked_agrees_with_reference(case, dtype):
     assert_proxy_agrees(case, dtype, "chunked")
@@ -114,7 +116,7 @@ def test_reference_is_differentiable(causal, reduction):
 
 
 def test_auto_takes_the_reference_for_gradients_only():
-    q, k = torch.randn(1, 8, 64, 4), torch.randn(1, 8, BLOCK_ELEMENTS // 256, 4)
+    q, k = torch.randn(1, 8, 64, 4), torch.randn(1, 8, 1024, 4)
     assert _choose(q, k, wants_grad=False) == "chunked"
     assert _choose(q, k, wants_grad=True) == "reference"
     assert _choose(q[:, :, :1], k, wants_grad=False) == "reference"
@@ -150,7 +152,11 @@ def test_chunked_memory_does_not_grow_with_the_proxies():
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = {"q": torch.randn(1, 4, 3, 8), "k": torch.randn(1, 2, 6, 8), "proxy_positions": torch.arange(3)}
+    arguments = {
+        "q": torch.randn(1, 4, 3, 8),
+        "k": torch.randn(1, 2, 6, 8),
+        "proxy_positions": torch.arange(3),
+    }
     with pytest.raises(error, match=message):
         proxy_column_sums(**{**arguments, **change})
 

@@ -68,8 +68,14 @@ def proxy_column_sums_reference(
     return sums.mean(2) if head_reduction == "mean" else sums.reshape(batch, heads, n_keys)
 
 
-# Logits held at once by the chunked form: 1 MiB in float32, which stays in a core's cache.
-BLOCK_ELEMENTS = 1 << 18
+# Logits held at once by the chunked form. On the CPU 1 MiB in float32, which stays in a core's cache; on a GPU,
+# where a block costs some ten launches, 64 MiB.
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits that the chunked form holds at once on a device."""
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cpu"])
 
 
 def proxy_column_sums_chunked(
@@ -94,7 +100,9 @@ def proxy_column_sums_chunked(
     dtype = torch.promote_types(q.dtype, torch.float32)
     kept = group if head_reduction == "none" else 1
     out = torch.zeros(batch, kv_heads, kept, n_keys, dtype=dtype, device=k.device)
-    rows = max(1, min(n_proxies, BLOCK_ELEMENTS // max(1, group * n_keys), -(-128 // group)))
+    rows = max(1, min(n_proxies, block_elements(k.device) // max(1, group * n_keys)))
+    if k.device.type == "cpu":  # more rows gain nothing there, and their logits would leave the cache
+        rows = min(rows, -(-128 // group))
     buffer = torch.empty(rows * group * n_keys, dtype=dtype, device=k.device)
 
     with torch.no_grad():
