@@ -63,6 +63,15 @@ def test_many_blocks_agree_with_reference(masked):
     assert_proxy_agrees((5000, 300, 16, 1, 2, True, masked, "mean"), torch.float32, "chunked")
 
 
+@pytest.mark.parametrize("size", [0.1, 30.0, 3000.0])
+def test_logits_of_any_size(size):
+    """Small ones are exponentiated as they are, large ones after their maximum is taken off."""
+    (q, k, positions), arguments = proxy_inputs((129, 17, 60, 2, 2, True, True, "mean"), torch.float64)
+    expected = proxy_column_sums(size * q, k, positions, **arguments, backend="reference")
+    actual = proxy_column_sums((size * q).float(), k.float(), positions, **arguments, backend="chunked")
+    torch.testing.assert_close(actual.double(), expected, atol=2e-3 if size > 1000 else 1e-4, rtol=1e-4)
+
+
 def test_sums_to_the_number_of_proxies():
     q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 20, 8)
     for reduction, heads in (("mean", 2), ("none", 4)):
