@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from labkit.kv.nacl import NACLPress, split_budget
+from labkit.kv.budget import round_half_up
+from labkit.kv.nacl.press import NACLPress
+from labkit.kv.nacl.split import split_budget
 
 _classes: dict[type, type] = {}
 
@@ -54,14 +56,11 @@ def scorer_press_class() -> type:
             kwargs: dict[str, Any],
         ) -> Tensor:
             """Scores whose top K is NACL's choice, float32, ``(B, K, n)``."""
-            n = keys.shape[2]
-            config = self.nacl.config
-            split = config.split(n) if config.split is not None else None
-            if split is None:
-                # kvpress floors: the division is that of the entries it will keep.
-                budget = max(1, int(n * (1 - self.compression_ratio)))
-                recent = config.recent * n if isinstance(config.recent, float) else config.recent
-                split = split_budget(n, budget, config.sink, round(recent), config.random_share)
+            n, config = keys.shape[2], self.nacl.config
+            # kvpress floors: the division is that of the entries it will keep.
+            budget = max(1, int(n * (1 - self.compression_ratio)))
+            recent = round_half_up(config.recent * n) if isinstance(config.recent, float) else config.recent
+            split = split_budget(n, budget, config.sink, recent, config.random_share)
             return self.nacl.score(module, hidden_states, keys, values, attentions, kwargs, split)
 
     _classes[base] = KVPressNACL
@@ -74,16 +73,17 @@ def scorer_press_of(press: NACLPress) -> Any:
     Raises
     ------
     ValueError
-        If the budget is in tokens, or as the paper's or the authors' split: kvpress asks for a share.
+        If the budget is in tokens or a split of its own (kvpress asks for a share), or for ``decode_interval``
+        and ``min_length``.
     """
     if press.compression_ratio is None or press.config.split is not None:
         raise ValueError(
             "kvpress budgets are shares: give NACLPress a compression_ratio "
             "(not budget_tokens, paper_table or official)"
         )
-    if press.config.decode_interval is not None:
+    if press.config.decode_interval is not None or press.min_length:
         raise ValueError(
-            "decode_interval is not available in kvpress: use its DecodingPress around this press"
+            "decode_interval and min_length are not available in kvpress: leave them out (it has a DecodingPress)"
         )
     return scorer_press_class()(press, press.compression_ratio)
 
@@ -96,8 +96,9 @@ def nacl_scorer_press(compression_ratio: float = 0.0, **settings: Any) -> Any:
     compression_ratio : float, default 0.0
         Share of the prompt to evict.
     **settings
-        The other fields of :class:`labkit.kv.NACLConfig`, without ``budget_tokens``, ``split`` and
-        ``decode_interval``. ``proxy_tokens`` may not be a callable: kvpress does not hand on the token ids.
+        The other fields of :class:`labkit.kv.NACLConfig`, without ``budget_tokens``, ``split``,
+        ``decode_interval`` and ``min_length``. ``proxy_tokens`` may not be a callable: kvpress does not hand on
+        the token ids.
 
     Returns
     -------
