@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from labkit.kv import GreedyEviction, GreedyH2O, GreedyMSRNN, GreedyTOVA, Scissorhands, cache_bytes, decode_inputs
+from labkit.kv import (
+    GreedyEviction,
+    GreedyH2O,
+    GreedyMSRNN,
+    GreedyTOVA,
+    Scissorhands,
+    cache_bytes,
+    decode_inputs,
+)
 
 
 def step_by_step(model, ids, budget, rule, window=6, recent=None):
@@ -21,7 +29,10 @@ def step_by_step(model, ids, budget, rule, window=6, recent=None):
     for t in range(ids.shape[1]):
         with torch.no_grad():
             out = model(
-                ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]]), output_attentions=True
+                ids[:, t : t + 1],
+                past_key_values=cache,
+                position_ids=torch.tensor([[t]]),
+                output_attentions=True,
             )
         logits.append(out.logits[0, 0])
         for i, attention in enumerate(out.attentions):
@@ -36,7 +47,8 @@ def step_by_step(model, ids, budget, rule, window=6, recent=None):
                     past.append((t, value, value < 1 / len(held)))
                 slots = list(range(len(held)))
                 if len(held) > budget:
-                    def badness(slot, held=held, h=h, i=i, grouped=grouped):
+
+                    def badness(slot, held=held, h=h, i=i, grouped=grouped, t=t):
                         past = history[i][h][held[slot]]
                         if rule == "h2o":
                             return sum(value for _, value, _ in past)
@@ -67,8 +79,12 @@ def test_greedy_eviction_is_that_of_a_model_run_token_by_token(tiny, prompt, rul
     torch.testing.assert_close(out.logits[0], logits, atol=1e-4, rtol=1e-4)
     for i in range(2):
         assert press.stats[i].kept[0].tolist() == columns[i]
-        torch.testing.assert_close(out.past_key_values.layers[i].keys, cache.layers[i].keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(out.past_key_values.layers[i].values, cache.layers[i].values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            out.past_key_values.layers[i].keys, cache.layers[i].keys, atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            out.past_key_values.layers[i].values, cache.layers[i].values, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("rule", ["h2o", "tova", "msrnn", "scissorhands"])
@@ -76,11 +92,14 @@ def test_a_prompt_in_pieces_or_in_one_piece_is_the_same(tiny, prompt, rule):
     model, ids = tiny("qwen2"), prompt(40)
     with torch.no_grad(), GreedyEviction(rule, budget_tokens=9)(model):
         whole = model(ids)
-        cache, parts = DynamicCache(config=model.config), []
-        for piece in ids.split([3, 10, 1, 1, 20, 5], dim=1):
-            parts.append(model(piece, past_key_values=cache).logits)
+        cache = DynamicCache(config=model.config)
+        parts = [
+            model(piece, past_key_values=cache).logits for piece in ids.split([3, 10, 1, 1, 20, 5], dim=1)
+        ]
     torch.testing.assert_close(torch.cat(parts, 1), whole.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(cache.layers[1].keys, whole.past_key_values.layers[1].keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        cache.layers[1].keys, whole.past_key_values.layers[1].keys, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rule", ["h2o", "tova", "msrnn", "scissorhands"])
@@ -158,9 +177,10 @@ def test_going_on_after_the_press_and_the_reasons(tiny, prompt):
 
 def test_settings_are_restored_after_an_exception(tiny):
     model = tiny(attention="eager")
-    with pytest.raises(KeyError), GreedyH2O(0.5)(model):
+    with GreedyH2O(0.5)(model):
         assert model.config._attn_implementation == "labkit_greedy"
-        raise KeyError
+    with pytest.raises(IndexError), GreedyH2O(0.5)(model):
+        model(torch.tensor([[99]]))
     assert model.config._attn_implementation == "eager"
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
 

@@ -238,4 +238,6 @@ def test_budgets_are_rounded_and_split():
     assert press.budget(100) == 20  # int(100 * (1 - 0.8)) is 19
     assert NACLConfig(0.8, random_share=0.5).split_for(113) == Split(4, 2, 8, 9)  # 8.5 rounds up
     assert NACLConfig(0.95).split_for(20) == Split(0, 1, 0, 0)  # too small for sinks: they are clamped
-    assert NACLConfig(budget_tokens=30, sink=1, recent=2, random_share=0.0).split_for(113) == Split(1, 2, 27, 0)
+    assert NACLConfig(budget_tokens=30, sink=1, recent=2, random_share=0.0).split_for(113) == Split(
+        1, 2, 27, 0
+    )

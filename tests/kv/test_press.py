@@ -241,7 +241,9 @@ def test_a_question_after_the_press_can_be_generated_from(tiny, prompt, decode):
 def test_beams_and_sampling_run(tiny, prompt):
     model, ids = tiny(), prompt(40, rows=2)
     with NACLPress(0.8)(model):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=5, do_sample=True)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=5, do_sample=True
+        )
     assert out.shape == (2, 45)
 
 
@@ -355,7 +357,9 @@ def test_h2o_and_snapkv_by_the_attention_of_the_model(tiny, prompt):
     expected = {
         "h2o": total.topk(10).indices.sort(-1).values,
         "h2o_normalized": (total / torch.arange(40, 0, -1)).topk(10).indices.sort(-1).values,
-        "snapkv": torch.cat((pooled.topk(2).indices.sort(-1).values, torch.arange(32, 40).expand(1, 2, 8)), -1),
+        "snapkv": torch.cat(
+            (pooled.topk(2).indices.sort(-1).values, torch.arange(32, 40).expand(1, 2, 8)), -1
+        ),
         "streaming": torch.tensor([0, 1, 2, 3, *range(34, 40)]).expand(1, 2, 10),
     }
     for name, kept in expected.items():

@@ -157,20 +157,36 @@ class NACLPress(CachePress):
     ) -> Tensor:
         """Score as a kvpress ``ScorerPress`` does, so that its top-K is NACL; see :mod:`labkit.kv.interop`.
 
+        With fewer ``hidden_states`` than keys (a wrapper that evicts while decoding), these last ones are the
+        proxies, and see all keys.
+
         Returns
         -------
         Tensor
             float32, ``(B, K, n)``, from :func:`nacl_priorities`.
         """
-        rows = hidden_states.shape[0]
-        cos, sin = (x.expand(rows, -1, -1) for x in kwargs["position_embeddings"])
+        rows, tokens = hidden_states.shape[:2]
+        n = keys.shape[2]
         index: int = module.layer_idx  # type: ignore[assignment]
+        cos, sin = (x.expand(rows, -1, -1) for x in kwargs["position_embeddings"])
         context = LayerContext(module, index, hidden_states, keys, values, cos, sin, None)
         positions = self._proxies(context)
-        scores = self._score(module, context.queries(positions), keys, positions, self.config.causal)
+        if tokens == n:
+            scores = self._score(module, context.queries(positions), keys, positions, self.config.causal)
+        else:
+            count = min(positions.shape[-1], tokens)
+            if cos.shape[1] < count:  # tables of the newest token alone
+                newest = (
+                    kwargs["position_ids"] if "position_ids" in kwargs else kwargs["cache_position"][None]
+                )
+                places = newest[:, -1:] - torch.arange(count - 1, -1, -1, device=newest.device)
+                tables = module.rotary_emb(hidden_states, places)  # type: ignore[operator]
+                cos, sin = (x.expand(rows, -1, -1) for x in tables)
+            q = query_states(module, hidden_states[:, -count:], cos[:, -count:], sin[:, -count:])
+            scores = self._score(module, q, keys, torch.arange(count), False)
         return nacl_priorities(
             scores,
-            split or self.config.split_for(context.n),
+            split or self.config.split_for(n),
             random_temperature=self.config.random_temperature,
             sampling=self.config.sampling,
             shared_heads=self.config.shared_heads,
