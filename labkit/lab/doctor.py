@@ -56,13 +56,7 @@ def findings() -> list[Finding]:
 
 def _interpreter() -> Iterator[Finding]:
     yield Finding("labkit", f"{__version__} in {project.package_folder()}")
-    version = platform.python_version()
-    if sys.version_info >= (3, 11):
-        yield Finding("python", f"{version} in {sys.prefix}", required=True)
-    else:
-        yield Finding(
-            "python", version, "missing", "install Python 3.11 or newer, then `make run`", required=True
-        )
+    yield Finding("python", f"{platform.python_version()} in {sys.prefix}", required=True)
 
 
 def _floors() -> dict[str, tuple[str, str]]:
@@ -73,7 +67,7 @@ def _floors() -> dict[str, tuple[str, str]]:
         lines = metadata.requires("labkit") or []
     except metadata.PackageNotFoundError:
         lines = []
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for line in lines:
         match = re.match(r"([A-Za-z0-9_.-]+)\s*([^;]*)", line)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
