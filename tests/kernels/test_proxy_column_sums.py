@@ -50,9 +50,7 @@ def test_agrees_with_loops(case, backend):
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", PROXY_CASES, ids=str)
 def test_chunked_agrees_with_reference(case, dtype):
     assert_proxy_agrees(case, dtype, "chunked")
@@ -152,11 +150,7 @@ def test_chunked_memory_does_not_grow_with_the_proxies():
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = {
-        "q": torch.randn(1, 4, 3, 8),
-        "k": torch.randn(1, 2, 6, 8),
-        "proxy_positions": torch.arange(3),
-    }
+    arguments = {"q": torch.randn(1, 4, 3, 8), "k": torch.randn(1, 2, 6, 8), "proxy_positions": torch.arange(3)}
     with pytest.raises(error, match=message):
         proxy_column_sums(**{**arguments, **change})
 
