@@ -24,8 +24,8 @@ from labkit.lab import notebook, project
 TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
-        "check", "cli", "doctor", "fingerprint", "hygiene", "listing", "live", "notebook", "project", "refresh",
-        "report", "runner", "scaffold", "spacing", "worker",
+        "check", "cli", "doctor", "fingerprint", "hygiene", "listing", "live", "notebook", "project",
+        "refresh", "report", "runner", "scaffold", "spacing", "worker",
     )
 )  # fmt: skip
 

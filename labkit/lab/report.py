@@ -203,7 +203,7 @@ def gauge(claim: Mapping[str, Any]) -> str:
 
     kind = _CLASS.get(claim["verdict"], "open")
     begin, width = (x(threshold), 120 - x(threshold)) if claim["direction"] == ">=" else (0.0, x(threshold))
-    label = f"{claims.measured(claim)} against {_bound(claim)}"
+    label = f"{claims.measured(dict(claim))} against {_bound(claim)}"
     return Markup(
         f'<svg class="gauge {kind}" viewBox="0 0 120 16" role="img" aria-label="{html.escape(label)}">'
         f'<rect class="zone" x="{begin}" y="2" width="{width:.1f}" height="12"/>'
