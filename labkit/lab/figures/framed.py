@@ -80,28 +80,23 @@ def framed(
     fixed = {"template": None, "height": None, "margin": None}
     layout_keys = _differing([{**content["layout"], **fixed} for content in contents])
     base = contents[shown]
-    steps: list[dict[str, Any]] = [
+    still = {"transition": {"duration": 0}}
+    steps = [
         {
-            "args": [[label], {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}],
+            "args": [[label], {"frame": {"duration": 0, "redraw": True}, "mode": "immediate", **still}],
             "label": label,
             "method": "animate",
         }
         for label in labels
     ]
-    for step in steps:
-        step["args"][1]["transition"] = {"duration": 0}
     layout = dict(base["layout"])
     margin = {**look.template().layout.margin.to_plotly_json(), **layout.get("margin", {})}
     layout["margin"] = {**margin, "b": margin["b"] + _SLIDER}
     height = layout.get("height", look.HEIGHT)
     layout["height"] = height + _SLIDER
-    if (
-        isinstance(layout.get("title"), dict) and "y" in layout["title"]
-    ):  # stays as far from the top as it was
-        layout["title"] = {
-            **layout["title"],
-            "y": 1 - (1 - layout["title"]["y"]) * height / (height + _SLIDER),
-        }
+    title = layout.get("title")
+    if isinstance(title, dict) and "y" in title:  # as far from the top as before
+        layout["title"] = {**title, "y": 1 - (1 - title["y"]) * height / layout["height"]}
     layout["sliders"] = [
         {
             "active": shown,
@@ -126,7 +121,7 @@ def framed(
             | {key: content["data"][index].get(key) for key in keys}
             for index, keys in changing
         ]
-        frame = {"data": traces, "name": label, "traces": [index for index, _ in changing]}
+        frame: dict[str, Any] = {"data": traces, "name": label, "traces": [index for index, _ in changing]}
         if layout_keys:
             frame["layout"] = {key: content["layout"].get(key) for key in layout_keys}
             if "title" in layout_keys and "y" in layout["title"]:
