@@ -323,7 +323,7 @@ class Page:
         handle = handles.nth(index)
         handle.scroll_into_view_if_needed()
         cell = self.tab.locator(".jp-Notebook .jp-Cell").filter(has=handle).element_handle()
-        label = handle.evaluate("e => e.closest('.widget-slider').querySelector('label')?.innerText ?? ''")
+        label = handle.evaluate("e => e.closest('.labkit-control, .widget-slider').innerText.split('\\n')[0]")
         before = cell.evaluate(self._DRAWN)
         cell.evaluate(
             """(cell) => {
@@ -391,8 +391,12 @@ class Page:
             scroller.evaluate("(e, top) => e.scrollTo({top, behavior: 'instant'})", top)
             self.tab.wait_for_timeout(400)
             shots.append(self.screenshot(folder / f"page-{len(shots) + 1:02d}.png"))
-            seen, height, whole = scroller.evaluate("e => [e.scrollTop, e.clientHeight, e.scrollHeight]")
-            if seen + height >= whole - 2 or len(shots) >= 60:
+            # JupyterLab leaves an empty window below the last cell.
+            seen, height, below = scroller.evaluate(
+                """e => [e.scrollTop, e.clientHeight, [...e.querySelectorAll(".jp-Cell")].at(-1)
+                    .getBoundingClientRect().bottom - e.getBoundingClientRect().bottom]"""
+            )
+            if below <= 0 or len(shots) >= 60:
                 return shots
             top = seen + height - 40
 
