@@ -2,4 +2,23 @@
 
 from labkit._lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "corpus": ["split", "stdlib_text"],
+        "data": [],
+        "models": ["tiny", "tiny_config"],
+        "recall": ["RecallWorld"],
+        "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
+        "shipped": [],
+        "tokenizers": ["byte_tokenizer", "train_bpe"],
+        "training": [
+            "TrainingLog",
+            "bits_per_byte",
+            "lm_loss",
+            "loss_by_position",
+            "train_lm",
+            "train_steps",
+        ],
+    },
+)
