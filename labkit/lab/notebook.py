@@ -21,10 +21,12 @@ def read(path: Path) -> Any:
 
 
 def write(nb: Any, path: Path) -> Path:
-    """Write a notebook so that a reader never sees a part of it."""
+    """Write a notebook so that a reader never sees a part of it, with the numbers of figures folded into lines."""
     import nbformat
 
-    return cache.write_atomic(path, nbformat.writes(nb).rstrip("\n") + "\n")
+    from labkit.lab.figures.look import fold
+
+    return cache.write_atomic(path, fold(nbformat.writes(nb)).rstrip("\n") + "\n")
 
 
 def code_cells(nb: Any) -> Iterator[Any]:

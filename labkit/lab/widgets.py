@@ -66,7 +66,7 @@ def panel(
             f"panel: label for {sorted(odd)[0]!r}, which is no control; there are {', '.join(controls)}"
         )
     made = {name: _control(name, spec, names.get(name)) for name, spec in controls.items()}
-    box: ipywidgets.VBox = _panel_class()(update, made)
+    box: ipywidgets.VBox = _panel_class()(update, made, names)
     return box
 
 
@@ -74,12 +74,8 @@ def _control(name: str, spec: Any, label: str | None) -> Any:
     """The widget that a short specification stands for."""
     import ipywidgets as ui
 
-    text = label or name.replace("_", " ")
-    common = {
-        "description": text,
-        "layout": ui.Layout(flex="1 1 300px", max_width="520px", min_width="220px", width="auto"),
-        "style": {"description_width": "initial"},
-    }
+    # Descriptions left of a control would squeeze it on a narrow page: `_labelled` puts the name above.
+    common = {"layout": ui.Layout(margin="0", width="100%"), "style": {"description_width": "initial"}}
     if isinstance(spec, ui.Widget):
         if not hasattr(spec, "value"):
             raise TypeError(f"panel: {name} is a {type(spec).__name__}, which has no value")
@@ -87,7 +83,7 @@ def _control(name: str, spec: Any, label: str | None) -> Any:
             spec.description = label
         return spec
     if isinstance(spec, bool):
-        return ui.Checkbox(value=spec, indent=False, **common)
+        return ui.Checkbox(value=spec, indent=False, description=_name(name, label), **common)
     if isinstance(spec, list):
         if not spec:
             raise ValueError(f"panel: {name} has no choices")
@@ -111,6 +107,26 @@ def _control(name: str, spec: Any, label: str | None) -> Any:
     )  # fmt: skip
 
 
+def _name(name: str, label: str | None) -> str:
+    return label or name.replace("_", " ")
+
+
+def _labelled(name: str, control: Any, label: str | None) -> Any:
+    """A control with its name above it, in a box that wraps with its neighbours."""
+    import ipywidgets as ui
+
+    layout = ui.Layout(
+        flex="1 1 250px", margin="2px 0", max_width="440px", min_width="200px", overflow="hidden"
+    )
+    heading = []
+    if not getattr(control, "description", ""):
+        style = f"font-size:13px;line-height:1.4;color:{look.INK}"
+        heading = [ui.HTML(f'<span style="{style}">{html.escape(_name(name, label))}</span>')]
+    box = ui.VBox([*heading, control], layout=layout)
+    box.add_class("labkit-control")
+    return box
+
+
 @cache
 def _panel_class() -> type:
     """The class behind :func:`panel`, made at first use so that importing this module imports no widgets."""
@@ -119,9 +135,12 @@ def _panel_class() -> type:
     class Panel(ui.VBox):  # type: ignore[misc,no-any-unimported,unused-ignore]
         """Controls, a line of status, and an output that is replaced whole at every draw."""
 
-        def __init__(self, update: Callable[..., Any], controls: dict[str, Any]) -> None:
+        def __init__(
+            self, update: Callable[..., Any], controls: dict[str, Any], labels: dict[str, str]
+        ) -> None:
             self.update = update
             self.controls = controls
+            self._names = {name: _name(name, labels.get(name)) for name in controls}
             self.figure: Any = None
             self.text = ""
             self.error: str | None = None
@@ -129,9 +148,9 @@ def _panel_class() -> type:
             self._status = ui.HTML()
             self._output = ui.Output()
             row = ui.Box(
-                list(controls.values()),
+                [_labelled(name, control, labels.get(name)) for name, control in controls.items()],
                 layout=ui.Layout(
-                    align_items="center", display="flex", flex_flow="row wrap", grid_gap="4px 28px"
+                    align_items="flex-end", display="flex", flex_flow="row wrap", grid_gap="2px 32px"
                 ),
             )
             super().__init__([row, self._status, self._output], layout=ui.Layout(width="100%"))
@@ -166,8 +185,7 @@ def _panel_class() -> type:
                 return
             if self.error:
                 raise RuntimeError(f"the panel could not be drawn: {self.error}")
-            named = ", ".join(control.description or name for name, control in self.controls.items())
-            note = f"Run this notebook to drag: {named}."
+            note = f"Run this notebook to drag: {', '.join(self._names.values())}."
             display({"text/html": f"<small>{html.escape(note)}</small>", "text/plain": note}, raw=True)
             for output in _outputs(self.figure, self.text):
                 display(output["data"], raw=True)

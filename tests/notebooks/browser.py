@@ -24,7 +24,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -37,8 +36,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labkit.lab.figures.png import chromium
+
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # No sandbox, as CI runs as root; the rest keeps the browser from any traffic of its own.
 FLAGS = (
     "--no-sandbox",
@@ -58,18 +58,12 @@ SETTINGS = {
 }
 
 
-def chromium() -> str | None:
-    """Path of a Chromium or Chrome: ``BROWSER_PATH``, or the first of the usual names."""
-    named = os.environ.get("BROWSER_PATH")
-    return named or next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-
-
 def missing() -> str:
     """Why no notebook can be opened here; empty if it can."""
     for module in ("playwright", "jupyterlab", "ipywidgets", "plotly"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
-    return "" if chromium() else f"no browser: none of {', '.join(CHROMIUM)} is on the path"
+    return "" if chromium() else "no Chromium or Chrome is on the path or in BROWSER_PATH"
 
 
 @dataclass(frozen=True)
@@ -323,7 +317,9 @@ class Page:
         handle = handles.nth(index)
         handle.scroll_into_view_if_needed()
         cell = self.tab.locator(".jp-Notebook .jp-Cell").filter(has=handle).element_handle()
-        label = handle.evaluate("e => e.closest('.widget-slider').querySelector('label')?.innerText ?? ''")
+        label = handle.evaluate(
+            "e => (e.closest('.labkit-control') ?? e.closest('.widget-slider')).innerText.split('\\n')[0]"
+        )
         before = cell.evaluate(self._DRAWN)
         cell.evaluate(
             """(cell) => {
@@ -391,8 +387,12 @@ class Page:
             scroller.evaluate("(e, top) => e.scrollTo({top, behavior: 'instant'})", top)
             self.tab.wait_for_timeout(400)
             shots.append(self.screenshot(folder / f"page-{len(shots) + 1:02d}.png"))
-            seen, height, whole = scroller.evaluate("e => [e.scrollTop, e.clientHeight, e.scrollHeight]")
-            if seen + height >= whole - 2 or len(shots) >= 60:
+            # JupyterLab leaves an empty window below the last cell.
+            seen, height, below = scroller.evaluate(
+                """e => [e.scrollTop, e.clientHeight, [...e.querySelectorAll(".jp-Cell")].at(-1)
+                    .getBoundingClientRect().bottom - e.getBoundingClientRect().bottom]"""
+            )
+            if below <= 0 or len(shots) >= 60:
                 return shots
             top = seen + height - 40
 

@@ -129,6 +129,33 @@ def test_helper_reports_errors(lab, tmp_path):
         ]
 
 
+def test_stored_figures_come_alive(lab, small):
+    """Opened and not run: the still picture is as wide as it should be, and turns into a figure that can be dragged."""
+    from labkit.lab import figures
+    from labkit.lab.figures import look
+
+    fig = figures.framed(
+        {n: figures.bars({"a": [n], "b": [1]}, title="?", value_title="s") for n in (1, 2, 3)}, slider="n"
+    )
+    nb = nbformat.read(small, as_version=4)
+    output = v4.new_output("display_data", {look.MIME: figures.plain(fig)})
+    nb.cells = [v4.new_code_cell("fig", outputs=[output], execution_count=1)]
+    drawn = figures.attach_png(nb)
+    path = small.with_name("stored.ipynb")
+    nbformat.write(nb, path)
+    with lab.open(path) as page:
+        if drawn:
+            still = page.tab.locator("img.plot-img")
+            assert still.bounding_box()["width"] == 880
+        assert page.drag_frames().changed
+        assert page.problems == []
+
+
+def test_a_missing_browser_is_named(monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", "/no/such/browser")
+    assert "BROWSER_PATH" in browser.missing()
+
+
 def test_parameters_are_replaced_by_name():
     content = {
         "cells": [

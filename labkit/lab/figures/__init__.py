@@ -13,7 +13,7 @@ import os
 from labkit.lab.figures import look
 from labkit.lab.figures.axes import reference
 from labkit.lab.figures.framed import framed
-from labkit.lab.figures.look import COLOURS, plain, summary
+from labkit.lab.figures.look import COLOURS, fold, plain, summary
 from labkit.lab.figures.maps import KEPT, heatmap
 from labkit.lab.figures.png import attach_png
 from labkit.lab.figures.series import bars, lines
@@ -23,6 +23,7 @@ __all__ = [
     "KEPT",
     "attach_png",
     "bars",
+    "fold",
     "framed",
     "heatmap",
     "lines",

@@ -25,7 +25,9 @@ def dress(
     if subtitle:  # plotly's own subtitle keeps a wide gap
         text += f'<br><span style="font-size:13px;color:{look.FAINT}">{subtitle}</span>'
     heading = {"text": text, "y": 1 - (26 if "<br>" in text else 14) / height}
-    fig.update_layout(template=look.template(), title=heading, height=height, margin={"t": top, "b": 64})
+    fig.update_layout(
+        template=look.template(), title=heading, height=height, margin={"t": top, "b": 64 if x_title else 36}
+    )
     fig.update_xaxes(title_text=x_title)
     fig.update_yaxes(title_text=y_title)
 

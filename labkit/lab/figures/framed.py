@@ -24,7 +24,7 @@ def framed(
     *,
     start: Any = None,
     digits: int = 4,
-    limit_kb: int = 200,
+    limit_kb: int = 150,
 ) -> go.Figure:
     """One figure with a slider over precomputed figures; it works on any page, without a kernel.
 
@@ -40,7 +40,7 @@ def framed(
     digits : int
         Significant digits that are stored.
     limit_kb : int
-        Greatest size of the figure's JSON, in kB.
+        Greatest size of the figure's JSON, in kB, without the indentation that Jupyter adds.
 
     Raises
     ------

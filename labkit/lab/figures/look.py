@@ -163,6 +163,36 @@ def _decode(packed: Mapping[str, Any]) -> Any:
     return flat.reshape([int(part) for part in shape])
 
 
+def fold(notebook: str) -> str:
+    """The JSON of a notebook with every list of numbers or short words on one line: the same content, half the size.
+
+    Jupyter writes one number per line, so that figures are mostly indentation. Sources and printed lines stay one
+    per line, as they are what a reviewer reads in a diff.
+
+    >>> print(fold('{\\n "y": [\\n  1,\\n  null,\\n  2.5\\n ],\\n "source": [\\n  "a"\\n ]\\n}'))
+    {
+     "y": [1, null, 2.5],
+     "source": [
+      "a"
+     ]
+    }
+    """
+    import re
+
+    number = r"-?\d[\d.eE+-]*|null|true|false"
+    word = r'"(?:[^"\\\n]|\\[^n\n])*"'
+    item = rf"\s*(?:{number}|{word})"
+    pattern = re.compile(
+        rf'(?m)^(\s*(?:"(?!source"|traceback")[^"\n]*": )?)\[\n({item}(?:,\n{item})*)\n\s*\]'
+    )
+
+    def on_one_line(found: re.Match[str]) -> str:
+        items = re.split(r",\n *", found[2].strip())
+        return f"{found[1]}[{', '.join(items)}]"
+
+    return pattern.sub(on_one_line, notebook)
+
+
 def renderer() -> Any:
     """plotly's mimetype renderer, with rounded lists, a responsive width and a line of text beside the figure."""
     from plotly.io._base_renderers import PlotlyRenderer

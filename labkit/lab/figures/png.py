@@ -15,7 +15,9 @@ from typing import Any
 
 from labkit.lab.figures.look import HEIGHT, MIME
 
-WIDTH = 900
+# JupyterLab shows the still image at its natural size, without fitting it to the page: one image pixel per CSS pixel,
+# and narrow enough for a laptop with the sidebar open.
+WIDTH = 880
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -27,7 +29,7 @@ def chromium() -> str | None:
     return next((path for name in CHROMIUM if (path := shutil.which(name))), None)
 
 
-def attach_png(notebook: Any, *, width: int = WIDTH, scale: float = 1.5, replace: bool = True) -> int:
+def attach_png(notebook: Any, *, width: int = WIDTH, scale: float = 1, replace: bool = True) -> int:
     """Put a PNG twin beside every plotly output of an executed notebook, in place.
 
     GitHub's preview and other pages that run no script show the PNG; JupyterLab shows it until the pointer reaches
@@ -40,7 +42,7 @@ def attach_png(notebook: Any, *, width: int = WIDTH, scale: float = 1.5, replace
     width : int
         Width of the figure in CSS pixels; its height is its own.
     scale : float
-        Pixels of the image per CSS pixel.
+        Pixels of the image per CSS pixel. JupyterLab ignores it and shows an image of scale 2 twice as wide.
     replace : bool
         Whether PNGs that are there already are drawn anew.
 
@@ -75,7 +77,7 @@ def _missing() -> str:
     return ""
 
 
-def draw(figures: Sequence[Any], *, width: int = WIDTH, scale: float = 1.5) -> list[bytes]:
+def draw(figures: Sequence[Any], *, width: int = WIDTH, scale: float = 1) -> list[bytes]:
     """PNGs of figures' JSON, all drawn by one browser that talks to nobody."""
 
     def in_thread() -> list[bytes]:
