@@ -5,6 +5,7 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "bench": [],
         "cache": [],
         "claims": ["Verdict", "Verdicts"],
         "figures": [],

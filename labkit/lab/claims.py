@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from labkit.papers import Claim
@@ -161,11 +161,28 @@ _COLOUR = {REPRODUCED: "#0072B2", NOT_REPRODUCED: "#B3470A", UNTESTABLE: "#6B728
 
 @dataclass(frozen=True)
 class Verdicts:
-    """All verdicts of a run. Displays as a table in a notebook; its text form holds only decisive words."""
+    """All verdicts of a run. Displays as a table in a notebook; its text form holds only decisive words.
+
+    Parameters
+    ----------
+    changed : mapping of name to (value, registered value)
+        Knobs that differ from the setting for which the thresholds were registered. Such a run explores.
+    """
 
     slug: str
     size: str
     rows: tuple[Verdict, ...]
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def caution(self) -> str:
+        """One sentence on knobs that were changed; empty for the registered setting."""
+        if not self.changed:
+            return ""
+        turned = ", ".join(
+            f"{name}={value!r} (registered: {default!r})" for name, (value, default) in self.changed.items()
+        )
+        return f"Exploratory, not the registered setting: {turned}."
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-serialisable mapping per claim."""
@@ -183,6 +200,8 @@ class Verdicts:
             bound = f"{row.direction} {number(row.threshold)}" if row.threshold is not None else ""
             why = f"  ({row.reason})" if row.reason else ""
             lines.append(f"  {_SYMBOL[row.verdict]} {row.id:<{width}}  {bound:<9}  {row.verdict}{why}")
+        if self.caution:
+            lines.append(f"  {self.caution}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -204,6 +223,6 @@ class Verdicts:
             )
         titles = ("claim", "measured, 95 % interval", "threshold", "in the paper", "verdict")
         head = "".join(f"<th style='text-align:left'>{title}</th>" for title in titles)
-        return (
-            f"<table style='width:100%'><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
-        )
+        caution = f"<p><b>{html.escape(self.caution)}</b></p>" if self.caution else ""
+        body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody>"
+        return f"{caution}<table style='width:100%'>{body}</table>"

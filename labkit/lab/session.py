@@ -241,7 +241,12 @@ class Run:
                 "Call run.claim(id, values) for each; a claim can't be left out."
             )
         rows = tuple(self._verdicts[claim.id] for claim in self.paper.claims)
-        result = claims.Verdicts(self.paper.slug, self.size, rows)
+        changed = {
+            name: (self.knobs[name], knob.default)
+            for name, knob in self.paper.knobs.items()
+            if self.knobs[name] != knob.default
+        }
+        result = claims.Verdicts(self.paper.slug, self.size, rows, changed)
         record = {
             "schema": 1,
             "slug": self.paper.slug,
@@ -249,6 +254,7 @@ class Run:
             "seed": self.seed,
             "device": str(self.device),
             "parameters": self.parameters,
+            "changed": {name: value for name, (value, _) in changed.items()},
             "claims": result.to_records(),
             "metrics": self._metrics,
             "environment": environment(),

@@ -7,8 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "corpus": ["split", "stdlib_text"],
         "data": [],
-        "language": [],
         "models": ["tiny", "tiny_config"],
+        "recall": ["RecallWorld"],
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
         "tokenizers": ["byte_tokenizer", "train_bpe"],

@@ -1,8 +1,8 @@
 """Text that every Python installation holds: the standard library's own source and language reference.
 
-Both are under the licence of the Python Software Foundation (PSF-2.0), which allows use, change and redistribution with
-its notice kept. The text differs from one Python version to the next: numbers measured on it are
-comparable within a version, and close, not equal, across versions.
+Both are under the licence of the Python Software Foundation (PSF-2.0), which allows use, change and
+redistribution with its notice kept. The text differs from one Python version to the next: numbers measured on
+it are comparable within a version, and close, not equal, across versions.
 """
 
 from __future__ import annotations
@@ -27,18 +27,14 @@ _SKIPPED_FOLDERS = {
 
 
 def _sources() -> list[Path]:
-    """Python files of the standard library, without tests and files made for one machine, in a fixed order."""
+    """Python files of the standard library in a fixed order, without tests and what one machine generated."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        if (
-            _SKIPPED_FOLDERS & set(parts)
-            or parts[0].startswith("config-")
-            or parts[-1].startswith("_sysconfigdata")
-        ):
-            continue
-        found.append((parts, path))
+        of_this_machine = parts[0].startswith("config-") or parts[-1].startswith("_sysconfigdata")
+        if not of_this_machine and not _SKIPPED_FOLDERS & set(parts):
+            found.append((parts, path))
     return [path for _, path in sorted(found)]
 
 
@@ -81,7 +77,8 @@ def stdlib_text(kind: Literal["code", "docs"] = "code", max_bytes: int = 6_000_0
             from pydoc_data.topics import topics
         except ImportError:
             raise FileNotFoundError(
-                "this Python has no pydoc_data.topics; install a complete Python (python.org, conda, uv) or use kind='code'"
+                "this Python has no pydoc_data.topics: install a complete one (python.org, conda, uv) "
+                "or use kind='code'"
             ) from None
         names = sorted(topics)
         random.Random(seed).shuffle(names)

@@ -1,8 +1,9 @@
 """Tiny models of real transformers classes, made from a configuration and never downloaded.
 
-A model of 64 or 128 features does not train with the defaults of its big relatives. The one setting that decides is
-``initializer_range``: 0.02 is meant for a width of a thousand and more; at width 64 it leaves attention logits near
-zero and learning crawls. ``init="auto"`` takes ``0.35 / sqrt(width)``, which is 0.044 at width 64.
+A model of 64 or 128 features does not train with the defaults of its big relatives. The one setting that
+decides is ``initializer_range``: 0.02 is meant for a width of a thousand and more; at width 64 it leaves
+attention logits near zero and learning crawls. ``init="auto"`` takes ``0.35 / sqrt(width)``, which is 0.044
+at width 64.
 """
 
 from __future__ import annotations
@@ -89,11 +90,13 @@ def tiny_config(
     vocab : int
         Vocabulary size V.
     init : float or "auto"
-        Standard deviation of the initial weights; "auto" is ``0.35 / sqrt(width)``. T5 scales its initial weights
-        with the width by itself: there a number is taken as ``initializer_factor``, and "auto" leaves 1.
+        Standard deviation of the initial weights; "auto" is ``0.35 / sqrt(width)``. T5 scales its initial
+        weights with the width by itself: there a number is taken as ``initializer_factor``, and "auto" leaves
+        1.
     **config
-        Any field of the family's own configuration class, under its own name, plus two common ones: ``rope_theta``
-        (base of the rotary frequencies) and ``attention`` ("sdpa" or "eager"; eager returns attention maps).
+        Any field of the family's own configuration class, under its own name, plus two common ones:
+        ``rope_theta`` (base of the rotary frequencies) and ``attention`` ("sdpa" or "eager"; eager returns
+        attention maps).
 
     Returns
     -------
@@ -106,8 +109,8 @@ def tiny_config(
 
     Notes
     -----
-    Special-token ids are None, so that no id points beyond a small vocabulary. T5 and RoBERTa need a padding id and
-    get 0. Give ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` when a tokenizer defines them.
+    Special-token ids are None, so that no id points beyond a small vocabulary. T5 and RoBERTa need a padding
+    id and get 0. Give ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` when a tokenizer defines them.
 
     Examples
     --------
@@ -116,15 +119,10 @@ def tiny_config(
     """
     nearest(family, FAMILIES, "family")
     kv_heads = heads if kv_heads is None else kv_heads
-    for name, value in {
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "vocab": vocab,
-    }.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    counts = {"width": width, "layers": layers, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {count!r}")
     if width % heads:
         raise ValueError(f"width ({width}) must be a multiple of heads ({heads})")
     if heads % kv_heads:
@@ -184,21 +182,21 @@ def tiny_config(
     known |= {"num_labels", "problem_type", "decoder_start_token_id", "dtype"}
     for name in config:
         nearest(name, sorted(known), f"field of {own_class.__name__}")
+    rope: dict[str, Any]
     if theta is not None:
         if "rope_parameters" not in known:
             raise ValueError(f"{family} has no rotary positions, so no rope_theta")
-        rope: dict[str, Any] = {"rope_theta": float(theta), "rope_type": "default"}
+        rope = {"rope_theta": float(theta), "rope_type": "default"}
         if family == "gpt_neox":
             rope["partial_rotary_factor"] = 1.0
         config = {"rope_parameters": rope, **config}
     elif family == "gpt_neox":  # a quarter of a 16-wide head would leave two rotary frequencies
-        config = {
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
-        } | config
+        rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+        config = {"rope_parameters": rope, **config}
     made: PreTrainedConfig = own_class(**(fields | config))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = getattr(made, name, None)
-        for token in value if isinstance(value, list) else [value]:
+        given = getattr(made, name, None)
+        for token in given if isinstance(given, list) else [given]:
             if token is not None and not 0 <= token < vocab:
                 raise ValueError(f"{name}={token} must be None or lie in 0..{vocab - 1}")
     if attention is not None:
@@ -229,7 +227,8 @@ def tiny(
         Output head: language model (causal; T5 sequence to sequence, RoBERTa masked), sequence classification
         (``num_labels=1`` gives a reward model), or none.
     seed : int, optional
-        Seed of the initial weights. The global generator is left as it was. None draws from the global generator.
+        Seed of the initial weights. The global generator is left as it was. None draws from the global
+        generator.
 
     Returns
     -------

@@ -4,12 +4,12 @@ A prompt scatters key-value pairs (two neighbouring tokens each) among filler an
 
     BOS f f K7 V3 f K2 V9 f f ...  Q K2   ->  V9
 
-A model that answers must have kept the pair that the question asks for, so the accuracy tells at once whether a
-key-value cache lost it. The value's place in the cache is `RetrievalBatch.needle`.
+A model that answers must have kept the pair that the question asks for, so the accuracy tells at once whether
+a key-value cache lost it. The value's place in the cache is `RetrievalBatch.needle`.
 
-Trained on this task from scratch, a small model stays with shortcuts for a long time. It learns at once when it has
-first learned to copy: `train_retrieval` repeats random strings until the copy is right in 85 % of the places and then
-turns to recall with 8, 12 and 16 pairs.
+Trained on this task from scratch, a small model stays with shortcuts for a long time. It learns at once when
+it has first learned to copy: `train_retrieval` repeats random strings until the copy is right in 85 % of the
+places and then turns to recall with 8, 12 and 16 pairs.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class RetrievalTask:
     filler : int
         Filler tokens in a prompt.
     question_first : bool
-        Put a copy of the (first) question right behind BOS too. The question behind the context stays, so a policy
-        that looks at the end of the *context* sees no question, while the reader had one at the start.
+        Put a copy of the (first) question right behind BOS too. The question behind the context stays, so a
+        policy that looks at the end of the *context* sees no question, while the reader had one at the start.
 
     Raises
     ------
@@ -160,7 +160,7 @@ class RetrievalTask:
         pairs, head = self.pairs, 1 + 2 * self.question_first
         keys = SPECIAL + _distinct(n, KEYS, pairs, generator)  # (B, pairs)
         values = SPECIAL + KEYS + _distinct(n, VALUES, pairs, generator)
-        # Units (pairs of two tokens, single fillers) in random order; a unit's place is the room taken before it.
+        # Units (two-token pairs, single fillers) in random order; each begins behind the room taken so far.
         units = pairs + self.filler
         order = torch.rand(n, units, generator=generator).argsort(1)  # (B, units): unit at each place
         room = torch.where(order < pairs, 2, 1)
@@ -243,7 +243,8 @@ def accuracy(
     seed : int
         Of the prompts; training never uses the default's.
     split_question : bool
-        Read the context first and the question in a second call with the cache, as in the question-agnostic setting.
+        Read the context first and the question in a second call with the cache, as in the question-agnostic
+        setting.
 
     Returns
     -------
@@ -289,7 +290,7 @@ def _recall_loss(
 
 
 def _mixed_task(generator: torch.Generator) -> RetrievalTask:
-    """A task of the last stage: half the time the full one, else a smaller one or one that names the question first."""
+    """A task of the last stage: half the time the full one, else smaller or with the question up front."""
     kind, pairs, filler = (int(torch.randint(bound, (), generator=generator)) for bound in (4, 3, 7))
     if kind == 0:
         return RetrievalTask(8 + 4 * pairs, 16 + 8 * filler)
@@ -316,8 +317,8 @@ def train_retrieval(
     max_steps : int
         Most steps before the last stage; one that has not been reached by then is an error.
     final_steps : int
-        Steps of the last stage: 16 pairs among 64 filler tokens, now and then fewer, now and then with the question
-        in front too. The learning rate falls to a twentieth in it.
+        Steps of the last stage: 16 pairs among 64 filler tokens, now and then fewer, now and then with the
+        question in front too. The learning rate falls to a twentieth in it.
     batch : int
         Rows B.
     lr : float
@@ -339,8 +340,8 @@ def train_retrieval(
 
     Notes
     -----
-    A stage is left when the running mean of the accuracy on its own, always fresh, batches passes 85 % (copying) or
-    95 % (recall).
+    A stage is left when the running mean of the accuracy on its own, always fresh, batches passes 85 %
+    (copying) or 95 % (recall).
     """
     model = retrieval_model(seed, kv_heads=kv_heads, **config)
     generator = torch.Generator().manual_seed(1_000_000 + seed)
@@ -372,12 +373,12 @@ def train_retrieval(
         log.losses.append(step.loss)
         running = 0.8 * running + 0.2 * step.extra
         if len(stages) > len(_STAGES):
-            if step.index + 1 == stages[-1] + final_steps:
+            if step.number + 1 == stages[-1] + final_steps:
                 break
         elif running >= (0.85 if len(stages) == 1 else 0.95):
-            stages.append(step.index + 1)
+            stages.append(step.number + 1)
             running = 0.0
-        elif step.index + 1 >= max_steps:
+        elif step.number + 1 >= max_steps:
             raise RuntimeError(
                 f"seed {seed} is still in stage {len(stages) - 1} of {len(_STAGES)} after {max_steps} steps "
                 f"(running accuracy {running:.2f}): raise max_steps or take another seed"
@@ -400,7 +401,8 @@ def load(
     Parameters
     ----------
     seed : int
-        `SHIPPED_SEEDS` come with the package; any other is trained once (about 45 processor seconds) and cached.
+        `SHIPPED_SEEDS` come with the package; any other is trained once (about 45 processor seconds) and
+        cached.
     kv_heads, **config
         See `retrieval_model`; anything but the default is trained once and cached.
     retrain : bool

@@ -1,7 +1,7 @@
 """Weights that ship with the package, each beside its recipe, and weights that were trained once and cached.
 
-A shipped model is two files of the folder ``weights``: ``<name>.safetensors`` and ``<name>.json``, the recipe (seed, steps,
-metric reached, versions). Nothing is ever unpickled.
+A shipped model is two files of the folder ``weights``: ``<name>.safetensors`` and ``<name>.json``, the recipe
+(seed, steps, metric reached, versions). Nothing is ever unpickled.
 """
 
 from __future__ import annotations

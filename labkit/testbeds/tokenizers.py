@@ -37,7 +37,8 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> PreTrained
     Parameters
     ----------
     special_tokens : sequence of str
-        Any of "<pad>", "<bos>", "<eos>", "<mask>"; they get the ids from 256 on. Empty gives exactly 256 tokens.
+        Any of "<pad>", "<bos>", "<eos>", "<mask>"; they get the ids from 256 on. Empty gives exactly 256
+        tokens.
 
     Returns
     -------
@@ -125,7 +126,7 @@ def from_json(serialised: str) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str, piece: int = 200_000) -> torch.Tensor:
-    """Encode a long text as one stream of ids, without special tokens and without the warning about its length.
+    """Encode a long text as one stream of ids, without special tokens.
 
     Parameters
     ----------

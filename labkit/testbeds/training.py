@@ -1,9 +1,9 @@
 """One training loop for every tiny model, and the measures that go with it.
 
-The settings are those that worked on models of 0.1 to 3 million parameters: AdamW with momenta (0.9, 0.95), learning
-rate 3e-3, a short linear warm-up, cosine decay to a tenth, gradients clipped at norm 1, everything in float32.
-`train_steps` is the loop as an iterator, so that a task with its own curriculum can look at every step and stop when it
-likes; `train_lm` is that iterator run to its end on a stream of tokens.
+The settings are those that worked on models of 0.1 to 3 million parameters: AdamW with momenta (0.9, 0.95),
+learning rate 3e-3, a short linear warm-up, cosine decay to a tenth, gradients clipped at norm 1, everything
+in float32. `train_steps` is the loop as an iterator, so that a task with its own curriculum can look at every
+step and stop when it likes; `train_lm` is that iterator run to its end on a stream of tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ IGNORED = -100
 
 
 class Step(NamedTuple):
-    """What a training step reports: number (from 0), loss, learning rate, and what else the loss function returned."""
+    """What a training step reports: its number, loss, learning rate, and what else the loss function gave."""
 
-    index: int
+    number: int
     loss: float
     lr: float
     extra: Any
@@ -108,7 +108,8 @@ def token_loss(model: PreTrainedModel, batch: tuple[torch.Tensor, torch.Tensor])
     model : transformers.PreTrainedModel
         A causal language model.
     batch : (tokens, targets)
-        Both (B, T). ``targets[b, t]`` is what should follow ``tokens[b, t]``; ``IGNORED`` positions carry no loss.
+        Both (B, T). ``targets[b, t]`` is what should follow ``tokens[b, t]``; ``IGNORED`` positions carry no
+        loss.
 
     Returns
     -------
@@ -142,17 +143,18 @@ def train_steps(
     model : transformers.PreTrainedModel
         Trained in place; parameters with ``requires_grad=False`` stay as they are.
     batches : iterable
-        One batch a step, in the form that `loss` takes. It may react to what the caller learned from earlier steps,
-        because a batch is asked for only when its step begins.
+        One batch a step, in the form that `loss` takes. It may react to what the caller learned from earlier
+        steps, because a batch is asked for only when its step begins.
     steps : int
         Most steps to do; the schedule ends there.
     lr, warmup, schedule
-        See `learning_rate`; a callable schedule gives the rate of each step itself and the other two are not used.
+        See `learning_rate`; a callable schedule gives the rate of each step itself and the other two are not
+        used.
     betas, weight_decay, clip
         Of AdamW (fused) and of the clipped gradient norm.
     loss : callable
-        ``loss(model, batch)``, a scalar or a pair of a scalar and anything else, which `Step.extra` then shows. The
-        default is `token_loss`.
+        ``loss(model, batch)``, a scalar or a pair of a scalar and anything else, which `Step.extra` then
+        shows. The default is `token_loss`.
 
     Yields
     ------
@@ -278,7 +280,7 @@ def train_lm(
     for step in progress(run) if progress is not None else run:
         log.losses.append(step.loss)
         log.tokens += batch * length
-        done = step.index + 1
+        done = step.number + 1
         if validation is not None and (done == steps or (evaluate_every and done % evaluate_every == 0)):
             log.evaluations.append((done, lm_loss(model, validation, length=length)))
             model.train()
@@ -299,8 +301,8 @@ def loss_by_position(
 ) -> torch.Tensor:
     """Mean next-token loss at every position of a window.
 
-    The curve falls as far as a model makes use of its context: a flat tail says that what stands further back does not
-    help it, and that losing it from a cache cannot hurt.
+    The curve falls as far as a model makes use of its context: a flat tail says that what stands further back
+    does not help it, and that losing it from a cache cannot hurt.
 
     Parameters
     ----------
@@ -349,7 +351,7 @@ def lm_loss(
     batch: int = 16,
     rows: int = 64,
 ) -> float:
-    """Mean next-token loss on windows spread over a stream, in nats a token; arguments as `loss_by_position`."""
+    """Mean of `loss_by_position` over all positions, in nats a token."""
     return float(loss_by_position(model, data, length=length, batch=batch, rows=rows).mean())
 
 

@@ -23,7 +23,9 @@ PROXY_CASES = [
 ]
 
 
-def proxy_inputs(case: tuple[Any, ...], dtype: torch.dtype, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
+def proxy_inputs(
+    case: tuple[Any, ...], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Any, dict[str, Any]]:
     """Queries, keys and positions of a case: unsorted, one of them absent, one past the end, one row masked."""
     n_keys, n_proxies, width, kv_heads, group, causal, masked, reduction = case
     generator = torch.Generator().manual_seed(n_keys + n_proxies)
@@ -71,7 +73,9 @@ def compact_inputs(case: tuple[int, ...], dtype: torch.dtype, device: str = "cpu
     return k.to(device, dtype), v.to(device, dtype), keep.to(device)
 
 
-def assert_compact_agrees(case: tuple[int, ...], dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def assert_compact_agrees(
+    case: tuple[int, ...], dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Compare a backend bit for bit with the reference."""
     k, v, keep = compact_inputs(case, dtype, device)
     expected = compact_kv(k, v, keep, backend="reference")

@@ -20,7 +20,9 @@ def test_agrees_with_indexing(case, backend):
                 assert torch.equal(got[b, h], source[b, h][keep[b, h]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"]
+)
 @pytest.mark.parametrize("case", COMPACT_CASES, ids=str)
 def test_rows_agree_with_reference(case, dtype):
     assert_compact_agrees(case, dtype, "rows")
@@ -71,7 +73,11 @@ def test_reference_is_differentiable():
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = {"k": torch.randn(1, 2, 6, 4), "v": torch.randn(1, 2, 6, 4), "keep": torch.zeros(1, 2, 2).long()}
+    arguments = {
+        "k": torch.randn(1, 2, 6, 4),
+        "v": torch.randn(1, 2, 6, 4),
+        "keep": torch.zeros(1, 2, 2).long(),
+    }
     with pytest.raises(error, match=message):
         compact_kv(**{**arguments, **change})
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from labkit.kernels.proxy_column_sums import BLOCK_ELEMENTS, _choose, proxy_column_sums
+from labkit.kernels.proxy_column_sums import _choose, proxy_column_sums
 from labkit.lab.bench import peak_memory
 
 from .agreement import PROXY_CASES, assert_proxy_agrees, proxy_inputs
@@ -50,7 +50,9 @@ def test_agrees_with_loops(case, backend):
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("case", PROXY_CASES, ids=str)
 def test_chunked_agrees_with_reference(case, dtype):
     assert_proxy_agrees(case, dtype, "chunked")
@@ -59,6 +61,15 @@ def test_chunked_agrees_with_reference(case, dtype):
 @pytest.mark.parametrize("masked", [False, True])
 def test_many_blocks_agree_with_reference(masked):
     assert_proxy_agrees((5000, 300, 16, 1, 2, True, masked, "mean"), torch.float32, "chunked")
+
+
+@pytest.mark.parametrize("size", [0.1, 30.0, 3000.0])
+def test_logits_of_any_size(size):
+    """Small ones are exponentiated as they are, large ones after their maximum is taken off."""
+    (q, k, positions), arguments = proxy_inputs((129, 17, 60, 2, 2, True, True, "mean"), torch.float64)
+    expected = proxy_column_sums(size * q, k, positions, **arguments, backend="reference")
+    actual = proxy_column_sums((size * q).float(), k.float(), positions, **arguments, backend="chunked")
+    torch.testing.assert_close(actual.double(), expected, atol=2e-3 if size > 1000 else 1e-4, rtol=1e-4)
 
 
 def test_sums_to_the_number_of_proxies():
@@ -114,7 +125,7 @@ def test_reference_is_differentiable(causal, reduction):
 
 
 def test_auto_takes_the_reference_for_gradients_only():
-    q, k = torch.randn(1, 8, 64, 4), torch.randn(1, 8, BLOCK_ELEMENTS // 256, 4)
+    q, k = torch.randn(1, 8, 64, 4), torch.randn(1, 8, 1024, 4)
     assert _choose(q, k, wants_grad=False) == "chunked"
     assert _choose(q, k, wants_grad=True) == "reference"
     assert _choose(q[:, :, :1], k, wants_grad=False) == "reference"
@@ -150,7 +161,11 @@ def test_chunked_memory_does_not_grow_with_the_proxies():
     ],
 )
 def test_bad_input(change, error, message):
-    arguments = {"q": torch.randn(1, 4, 3, 8), "k": torch.randn(1, 2, 6, 8), "proxy_positions": torch.arange(3)}
+    arguments = {
+        "q": torch.randn(1, 4, 3, 8),
+        "k": torch.randn(1, 2, 6, 8),
+        "proxy_positions": torch.arange(3),
+    }
     with pytest.raises(error, match=message):
         proxy_column_sums(**{**arguments, **change})
 

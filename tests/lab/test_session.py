@@ -92,6 +92,15 @@ def test_a_run_writes_its_record_and_refuses_gaps(run, tmp_path):
     assert "<table" in verdicts._repr_html_()
 
 
+def test_a_run_off_the_registered_setting_says_so():
+    run = lab.start("nacl", size="smoke", budget=0.5)
+    for claim in run.paper.claims:
+        run.claim(claim.id, [0.5])
+    verdicts = run.verdicts()
+    assert "Exploratory" in str(verdicts)
+    assert "budget=0.5" in verdicts._repr_html_()
+
+
 CLAIM = Claim(
     "c", "A <b> beats B.", "difference", ">=", {"laptop": 0.3}, {"smoke": "one seed"}, unit="points"
 )

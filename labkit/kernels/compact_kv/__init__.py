@@ -12,9 +12,14 @@ __all__ = ["BACKENDS", "compact_kv", "compact_kv_reference", "compact_kv_rows"]
 
 BACKENDS = ("auto", "reference", "rows", "triton")
 
-# The rule of backend="auto": a gradient is wanted -> reference; CUDA in float32/16/bfloat16 with triton
-# installed -> triton; otherwise -> rows. Triton there rests on counting, not yet on a measurement: one
-# launch and one read of the index, against four launches and three index-sized temporaries.
+# The rule of backend="auto":
+#   1. a gradient is wanted                                          -> reference (the others have none)
+#   2. CUDA in float32, float16 or bfloat16 with triton installed    -> triton
+#   3. fewer than MIN_ROWS_ELEMENTS elements kept of K, on the CPU   -> reference: making row numbers costs more
+#   4. otherwise                                                     -> rows
+# Rule 2 rests on counting, not yet on a measurement: one launch and one read of the index, against several launches
+# and a temporary of the index's size. Rule 3 was measured on one core.
+MIN_ROWS_ELEMENTS = 1 << 13
 
 
 def _check(k: Tensor, v: Tensor, keep: Tensor) -> None:
@@ -40,6 +45,15 @@ def _check(k: Tensor, v: Tensor, keep: Tensor) -> None:
             raise ValueError(f"keep must lie in 0..{k.shape[2] - 1}; got values from {low} to {high}")
 
 
+def _choose(k: Tensor, v: Tensor, keep: Tensor, *, wants_grad: bool) -> str:
+    if wants_grad:
+        return "reference"
+    if k.is_cuda:
+        fits = all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in (k, v))
+        return "triton" if fits and triton_installed() else "rows"
+    return "rows" if keep.numel() * k.shape[3] >= MIN_ROWS_ELEMENTS else "reference"
+
+
 def compact_kv(k: Tensor, v: Tensor, keep: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Keep the rows ``keep`` of a cache's keys and values.
 
@@ -52,8 +66,8 @@ def compact_kv(k: Tensor, v: Tensor, keep: Tensor, *, backend: str = "auto") -> 
         followed, and not checked). On the CPU positions are checked to lie in 0..S-1; on CUDA they are not,
         as that would wait for the device.
     backend : {"auto", "reference", "rows", "triton"}, default "auto"
-        ``"auto"`` takes Triton on CUDA, whole-row copies elsewhere, and the reference where a gradient is
-        wanted.
+        ``"auto"`` takes Triton on CUDA, whole-row copies elsewhere, and the reference for tiny caches and
+        wherever a gradient is wanted.
 
     Returns
     -------
@@ -82,13 +96,7 @@ def compact_kv(k: Tensor, v: Tensor, keep: Tensor, *, backend: str = "auto") -> 
     _check(k, v, keep)
     wants_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     if backend == "auto":
-        if wants_grad:
-            backend = "reference"
-        else:
-            fits = k.is_cuda and all(
-                x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in (k, v)
-            )
-            backend = "triton" if fits and triton_installed() else "rows"
+        backend = _choose(k, v, keep, wants_grad=wants_grad)
     if wants_grad and backend != "reference":
         raise ValueError(
             f"backend={backend!r} gives no gradient, and k or v requires one: call it under torch.no_grad(), "

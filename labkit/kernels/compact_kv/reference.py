@@ -35,14 +35,20 @@ def compact_kv_rows(k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]
     for heads of 64 and 128.
     """
     with torch.no_grad():
-        results = []
-        batches = torch.arange(keep.shape[0], device=keep.device)[:, None, None]
-        heads = torch.arange(keep.shape[1], device=keep.device)[None, :, None]
+        results: list[Tensor] = []
+        shared: tuple[int, ...] = ()
+        index = keep
         for x in (k, v):
             if keep.numel() == 0 or x.numel() == 0:
                 results.append(x.new_empty(*keep.shape, x.shape[3]))
                 continue
-            matrix, batch_step, head_step, row_step = _rows(x.detach())
-            index = (keep * row_step + (batches * batch_step + heads * head_step)).reshape(-1)
+            matrix, *steps = _rows(x.detach())
+            if tuple(steps) != shared:  # K and V are mostly laid out alike, and then share their index
+                shared = tuple(steps)
+                batches, heads = keep.shape[:2]
+                first = torch.arange(heads, device=keep.device) * steps[1]
+                if batches > 1:
+                    first = first + torch.arange(batches, device=keep.device)[:, None] * steps[0]
+                index = torch.add(first.view(-1, heads, 1), keep, alpha=steps[2]).view(-1)
             results.append(matrix.index_select(0, index).view(*keep.shape, x.shape[3]))
     return results[0], results[1]

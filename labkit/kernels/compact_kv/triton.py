@@ -11,7 +11,7 @@ __all__ = ["compact_kv_triton"]
 
 
 @triton.jit
-def _copy_rows(
+def _copy_rows(  # type: ignore[no-untyped-def]
     k, v, keep, k_out, v_out,
     k_batch, k_head, k_row, k_dim,
     v_batch, v_head, v_row, v_dim,

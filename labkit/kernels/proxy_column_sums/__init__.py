@@ -13,7 +13,7 @@ from torch import Tensor
 
 from labkit.kernels._dispatch import check_backend, check_triton, triton_installed
 from labkit.kernels.proxy_column_sums.reference import (
-    BLOCK_ELEMENTS,
+    block_elements,
     proxy_column_sums_chunked,
     proxy_column_sums_reference,
 )
@@ -25,7 +25,7 @@ BACKENDS = ("auto", "reference", "chunked", "triton")
 # The rule of backend="auto":
 #   1. a gradient is wanted                                -> reference (the others have none)
 #   2. CUDA, float32/16/bfloat16, d <= 256, B*H*P*S >= TRITON_MIN_LOGITS, triton installed -> triton
-#   3. B*H*P*S <= BLOCK_ELEMENTS (the logits fit in cache) -> reference: one batched product, no loop
+#   3. B*H*P*S <= block_elements(device): one block       -> reference: one batched product, no loop
 #   4. otherwise                                           -> chunked
 # The threshold of 2 is an estimate, not yet a measurement: 4M logits are 16 MiB in float32, about where the
 # reference's passes over the logits begin to cost more than the launches of its handful of kernels.
@@ -45,7 +45,7 @@ def _choose(q: Tensor, k: Tensor, *, wants_grad: bool) -> str:
         and triton_installed()
     ):
         return "triton"
-    return "reference" if logits <= BLOCK_ELEMENTS else "chunked"
+    return "reference" if logits <= block_elements(q.device) else "chunked"
 
 
 def _checked_positions(q: Tensor, k: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:

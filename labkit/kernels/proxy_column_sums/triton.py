@@ -24,7 +24,7 @@ __all__ = ["proxy_column_sums_triton"]
 
 
 @triton.jit
-def _row_logsumexp(
+def _row_logsumexp(  # type: ignore[no-untyped-def]
     q, k, positions, key_mask, out,
     q_batch, q_head, q_row, q_dim,
     k_batch, k_head, k_row, k_dim,
@@ -85,7 +85,7 @@ def _row_logsumexp(
 
 
 @triton.jit
-def _column_sums(
+def _column_sums(  # type: ignore[no-untyped-def]
     q, k, positions, key_mask, logsumexp, out,
     q_batch, q_head, q_row, q_dim,
     k_batch, k_head, k_row, k_dim,
@@ -108,10 +108,9 @@ def _column_sums(
     )  # fmt: skip
     if UPCAST:
         tile = tile.to(tl.float32)
+    counted = seen
     if MASKED:
         counted = seen & (tl.load(key_mask + batch * n_keys + keys, mask=seen, other=0) != 0)
-    else:
-        counted = seen
     sums = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, group * n_proxies, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)

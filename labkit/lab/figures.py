@@ -1,5 +1,0 @@
-"""Figures (to come with its own module)."""
-
-
-def setup() -> None:
-    """Nothing to set up yet."""
