@@ -62,8 +62,7 @@ def refresh(slug: str, *, timeout: float | None = None, png: bool = True) -> run
     if png and importlib.util.find_spec("kaleido") and importlib.util.find_spec("plotly"):
         from labkit.lab import figures
 
-        attach = getattr(figures, "attach_png", None)
-        nb = (attach(nb) if attach else None) or nb
+        figures.attach_png(nb)
     notebook.write(nb, path)
     return result
 

@@ -99,7 +99,7 @@ def test_doctor_names_what_is_missing_and_what_mends_it(monkeypatch, capsys):
         return real(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
-    monkeypatch.setenv("LABKIT_CHROMIUM", "/no/such/browser")
+    monkeypatch.setenv("BROWSER_PATH", "/no/such/browser")
     code, out, _ = call(monkeypatch, capsys, "doctor", "--json")
     found = {item["name"]: item for item in json.loads(out)}
     assert code == 1

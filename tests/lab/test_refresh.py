@@ -168,7 +168,7 @@ class TestScaffold:
         listed = json.loads(call("-m", "labkit.lab.cli", "list", "--json").stdout)
         assert next(row for row in listed if row["slug"] == "fresh")["verdicts"] == {"reproduced": 1}
         again = notebook.read(path)
-        again.cells[-3].source += "\nanswer = 0.4"
+        notebook.tagged(again, "checks")[0].source += "\nanswer = 0.4"
         notebook.write(again, path)
         stale = call("-m", "labkit.lab.cli", "check-notebook", "fresh")
         assert "the outputs are older than the code" in stale.stdout
