@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "attention": ["LayerContext"],
         "nacl": ["NACLConfig", "NACLPress", "Split", "nacl_priorities", "nacl_select", "proxy_scores"],
         "baselines": ["H2OPress", "RandomPress", "SnapKVPress", "StreamingLLMPress"],
+        "evaluate": ["answers", "continuation_loss", "decode_logits"],
         "greedy": ["GreedyEviction", "GreedyH2O", "GreedyMSRNN", "GreedyTOVA", "Scissorhands"],
         "interop": ["nacl_scorer_press"],
         "_kernels": ["compact_kv", "proxy_column_sums"],

@@ -41,10 +41,8 @@ def query_states(module: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     config: Any = module.config
     width: int = module.head_dim  # type: ignore[assignment]
     heads: int = config.num_attention_heads
-    if hasattr(module, "qkv_proj"):
-        q = module.qkv_proj(hidden_states)[..., : heads * width]  # type: ignore[operator]
-    else:
-        q = module.q_proj(hidden_states)  # type: ignore[operator]
+    project: Any = module.qkv_proj if hasattr(module, "qkv_proj") else module.q_proj
+    q = project(hidden_states)[..., : heads * width]  # the fused projection gives queries first
     q = q.view(*hidden_states.shape[:2], heads, width)
     if hasattr(module, "q_norm"):
         q = module.q_norm(q)  # type: ignore[operator]

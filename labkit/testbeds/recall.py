@@ -139,7 +139,9 @@ def _needle_prompt(
     begin = int(torch.randint(max(1, len(text) - 12 * length), (), generator=generator))
     filler = ids(text[begin : begin + 12 * max(length, 1)])[: max(room, 0)]
     if room < facts or len(filler) < room:
-        raise ValueError(f"a context of {length} tokens does not hold {facts} facts; raise length or lower facts")
+        raise ValueError(
+            f"a context of {length} tokens does not hold {facts} facts; raise length or lower facts"
+        )
     cuts = sorted(int(cut) for cut in torch.randint(room + 1, (facts,), generator=generator))
     asked = int(torch.randint(facts, (), generator=generator))
     context, before, place = list(start), 0, [0, 0]
