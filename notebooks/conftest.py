@@ -15,7 +15,6 @@ os.environ.update(
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
-    TQDM_DISABLE="1",
     LABKIT_BATCH="1",
     PLOTLY_RENDERER="plotly_mimetype",
     PYTHONHASHSEED="0",

@@ -23,7 +23,6 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
-    "TQDM_DISABLE": "1",
     "PYTHONHASHSEED": "0",
     "MPLBACKEND": "agg",
     "PLOTLY_RENDERER": "plotly_mimetype",

@@ -42,8 +42,8 @@ class Finding:
 
 
 def chromium() -> str | None:
-    """Path of a Chromium that can draw figures and open notebooks; ``LABKIT_CHROMIUM`` comes first."""
-    named = os.environ.get("LABKIT_CHROMIUM")
+    """Path of a Chromium that can draw figures and open notebooks; ``BROWSER_PATH`` comes first."""
+    named = os.environ.get("BROWSER_PATH")
     if named:
         return named if Path(named).is_file() else None
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)

@@ -32,6 +32,11 @@ SCHEMA = 1
 TIMEOUTS: dict[str, float] = {"smoke": 600.0, "laptop": 1200.0, "gpu": 7200.0}
 _WORKING = ".running"
 _live: set[subprocess.Popen[str]] = set()
+_stopped: set[subprocess.Popen[str]] = set()
+
+
+class Stopped(RuntimeError):
+    """The run was ended by :func:`stop_all`; nothing is recorded of it."""
 
 
 @dataclass(frozen=True)
@@ -428,6 +433,9 @@ def _carry(
                 if stream is not None:
                     stream.close()
             _live.discard(process)
+    if process in _stopped:
+        _stopped.discard(process)
+        raise Stopped("the run was stopped")
     if done is not None:
         return done
     tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
@@ -489,8 +497,9 @@ def kill_tree(pid: int) -> None:
 
 
 def stop_all() -> None:
-    """Kill every run that this process has started."""
+    """Kill every run that this process has started; none of them is recorded."""
     for process in list(_live):
+        _stopped.add(process)
         kill_tree(process.pid)
 
 

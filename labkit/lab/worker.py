@@ -27,7 +27,8 @@ def papermill_execute(
     parameters: Mapping[str, Any],
     on_cell: Callable[[int, int], None],
     start_timeout: float,
-) -> tuple[Any, BaseException | None]:
+    held: dict[str, Any],
+) -> BaseException | None:
     """Run a notebook through papermill, in the interpreter that runs this: all that labkit asks of papermill.
 
     Parameters
@@ -40,11 +41,13 @@ def papermill_execute(
         Called with the index of each cell that starts, and the number of cells.
     start_timeout : float
         Seconds that the kernel has to answer for the first time.
+    held : dict
+        Gets the notebook under ``"nb"``, as far as it got.
 
     Returns
     -------
-    notebook, error
-        The notebook as far as it got, and what stopped it, or None.
+    BaseException or None
+        What stopped it.
     """
     import papermill
     from ipykernel.kernelspec import get_kernel_dict
@@ -58,8 +61,6 @@ def papermill_execute(
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(resource_dir="", **get_kernel_dict())
-
-    held: dict[str, Any] = {}
 
     class Engine(NBClientEngine):
         @classmethod
@@ -78,7 +79,7 @@ def papermill_execute(
 
     papermill_engines.register("labkit", Engine)
     try:
-        nb = papermill.execute_notebook(
+        papermill.execute_notebook(
             str(source),
             None,
             parameters=dict(parameters),
@@ -90,32 +91,48 @@ def papermill_execute(
             autosave_cell_every=0,
             start_timeout=start_timeout,
         )
-        return nb, None
     except Exception as error:
-        return held.get("nb"), error
+        return error
+    return None
 
 
 class Watch(threading.Thread):
-    """Samples the memory of the kernel's process tree, and kills the kernel when its time is up."""
+    """Samples the memory of the kernel's process tree, and ends the run when its time is up.
 
-    def __init__(self, timeout: float | None, interval: float = 0.1) -> None:
+    Parameters
+    ----------
+    timeout : float or None
+        Seconds from :meth:`begin` on after which the kernel is killed.
+    overdue : callable
+        Called if the run has not noticed, `grace` seconds later, that its kernel is gone.
+    """
+
+    def __init__(
+        self, timeout: float | None, overdue: Callable[[], None], grace: float = 10.0, interval: float = 0.1
+    ) -> None:
         super().__init__(daemon=True)
-        self.timeout, self.interval = timeout, interval
+        self.timeout, self.overdue, self.grace, self.interval = timeout, overdue, grace, interval
         self.peak = 0
         self.timed_out = False
         self.finished = threading.Event()
+        self._begun: float | None = None
+
+    def begin(self) -> None:
+        """The first cell starts: the time of the run counts from here."""
+        if self._begun is None:
+            self._begun = time.monotonic()
 
     def run(self) -> None:
-        started = time.monotonic()
         while not self.finished.wait(self.interval):
             self.peak = max(self.peak, tree_memory())
-            if self.timeout is not None and time.monotonic() - started > self.timeout and not self.timed_out:
+            if self.timeout is None or self._begun is None:
+                continue
+            elapsed = time.monotonic() - self._begun
+            if elapsed > self.timeout and not self.timed_out:
                 self.timed_out = True
                 kill_children()
-
-    def finish(self) -> None:
-        """Stop sampling."""
-        self.finished.set()
+            if elapsed > self.timeout + self.grace:
+                self.overdue()
 
 
 def tree_memory() -> int:
@@ -218,13 +235,15 @@ def main(argument: str) -> None:
     from labkit.lab import notebook
 
     seen = {"index": 0, "total": 0}
-    turn = threading.Lock()
+    held: dict[str, Any] = {}
+    turn = threading.RLock()
 
     def emit(event: str, **values: Any) -> None:
         with turn:
             events.write(json.dumps({"event": event, **values}) + "\n")
 
     def on_cell(index: int, total: int) -> None:
+        watch.begin()
         seen.update(index=index, total=total)
         emit("cell", index=index, total=total)
 
@@ -232,39 +251,39 @@ def main(argument: str) -> None:
         while not watch.finished.wait(1.0):
             emit("memory", mb=round(watch.peak / 1e6))
 
-    watch = Watch(spec["timeout"])
+    def conclude(error: BaseException | None) -> None:
+        """Write the notebook, say how it ended, and leave. The first thread that comes here does it."""
+        with turn:
+            seconds = time.monotonic() - started
+            watch.finished.set()
+            kill_children()
+            nb = held.get("nb")
+            status = outcome(error, watch.timed_out)
+            failure = None if error is None else {"cell": seen["index"], **describe(error)}
+            if status == "timeout":
+                message = f"stopped after the {spec['timeout']:g} s that the run was given"
+                failure = {"cell": seen["index"], "name": "Timeout", "message": message, "traceback": []}
+            if nb is not None:
+                notebook.write(notebook.strip(nb), Path(spec["folder"]) / "executed.ipynb")
+            emit(
+                "done",
+                status=status,
+                seconds=round(seconds, 2),
+                peak_memory_mb=round(watch.peak / 1e6, 1),
+                cells={
+                    "done": seen["index"] + (status == "ok"),
+                    "total": seen["total"] or (len(nb.cells) if nb is not None else 0),
+                },
+                error=failure,
+            )
+            events.close()
+            os._exit(0)  # the thread that reads standard input never returns
+
+    watch = Watch(spec["timeout"], overdue=lambda: conclude(None))
     started = time.monotonic()
     watch.start()
     threading.Thread(target=report_memory, daemon=True).start()
-    nb, error = papermill_execute(Path(spec["source"]), spec["inject"], on_cell, spec["start_timeout"])
-    seconds = time.monotonic() - started
-    watch.finish()
-    kill_children()
-    status = outcome(error, watch.timed_out)
-    if nb is not None:
-        notebook.write(notebook.strip(nb), Path(spec["folder"]) / "executed.ipynb")
-    failure = None if error is None else {"cell": seen["index"], **describe(error)}
-    if status == "timeout":
-        failure = {
-            "cell": seen["index"],
-            "name": "Timeout",
-            "message": f"stopped after the {spec['timeout']:g} s that the run was given",
-            "traceback": [],
-        }
-    emit(
-        "done",
-        status=status,
-        seconds=round(seconds, 2),
-        peak_memory_mb=round(watch.peak / 1e6, 1),
-        cells={
-            "done": seen["index"] + (status == "ok"),
-            "total": seen["total"] or (len(nb.cells) if nb is not None else 0),
-        },
-        error=failure,
-    )
-    with turn:
-        events.close()
-    os._exit(0)  # the thread that reads standard input never returns
+    conclude(papermill_execute(Path(spec["source"]), spec["inject"], on_cell, spec["start_timeout"], held))
 
 
 if __name__ == "__main__":
