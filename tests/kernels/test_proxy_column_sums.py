@@ -80,11 +80,13 @@ def test_sums_to_the_number_of_proxies():
         torch.testing.assert_close(scores.sum(-1), torch.full((1, heads), 6.0))
 
 
-def test_all_tokens_are_h2o_and_the_last_is_tova():
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_all_tokens_are_h2o_and_the_last_is_tova(backend):
     q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     attention = (q @ k.mT / 8**0.5 + torch.full((9, 9), -math.inf).triu(1)).softmax(-1)
-    torch.testing.assert_close(proxy_column_sums(q, k, torch.arange(9)), attention.sum(2))
-    torch.testing.assert_close(proxy_column_sums(q[:, :, -1:], k, torch.tensor([8])), attention[:, :, -1])
+    for first in (0, 7, 8):  # all, two neighbours, the last
+        scores = proxy_column_sums(q[:, :, first:], k, torch.arange(first, 9), backend=backend)
+        torch.testing.assert_close(scores, attention[:, :, first:].sum(2))
 
 
 def test_padding_scores_zero_and_changes_nothing_else():
