@@ -20,11 +20,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Words of one or a few tokens in most vocabularies; no word is the beginning of another.
-WORDS = (
-    "marble copper violet anchor lantern harbor saddle pepper velvet tunnel meadow candle falcon ribbon hammer "
-    "island pocket silver basket garden window bottle jacket mirror needle orange pencil rocket shadow ticket valley "
-    "walnut"
-).split()
+WORDS = [
+    "marble",
+    "copper",
+    "violet",
+    "anchor",
+    "lantern",
+    "harbor",
+    "saddle",
+    "pepper",
+    "velvet",
+    "tunnel",
+    "meadow",
+    "candle",
+    "falcon",
+    "ribbon",
+    "hammer",
+    "island",
+    "pocket",
+    "silver",
+    "basket",
+    "garden",
+    "window",
+    "bottle",
+    "jacket",
+    "mirror",
+    "needle",
+    "orange",
+    "pencil",
+    "rocket",
+    "shadow",
+    "ticket",
+    "valley",
+    "walnut",
+]
 
 
 @dataclass(frozen=True)
@@ -101,16 +130,18 @@ def load(
     if name == "retrieval":
         if length is not None:
             raise ValueError(f"length={length}: contexts of the tiny model have 97 tokens; leave length out")
-        model: Any = retrieval.load(seed).to(device)
+        tiny: Any = retrieval.load(seed)
+        tiny.to(device)
         batch = retrieval.RetrievalTask(pairs=facts).batch(prompts, generator).to(device)
         needle = torch.stack([batch.needle[:, 0], batch.needle[:, 1] + 1], dim=1)
-        return RecallWorld(model, batch.context, batch.questions[:, 0], batch.answer[:, None], needle)
+        return RecallWorld(tiny, batch.context, batch.questions[:, 0], batch.answer[:, None], needle)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     tokenizer = AutoTokenizer.from_pretrained(source)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.to(device).eval()
     rows = [_needle_prompt(tokenizer, length or 2048, facts, generator) for _ in range(prompts)]
     # The few prompts whose digits or words split differently are cut to the rows that share the common lengths.
     shapes = [(len(question), len(answer)) for _, question, answer, _ in rows]

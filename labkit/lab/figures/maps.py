@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 #: What a cell of a token map can be, and its colour: for a categorical :func:`heatmap`.
 KEPT = {
+    "evicted": "#EDEFF2",
     "sink": "#5B4A9C",
     "recent": "#56B4E9",
     "kept by score": "#0072B2",
     "kept by luck": "#E69F00",
-    "evicted": "#EDEFF2",
 }
 _SEQUENTIAL = [[0, "#F4F7FA"], [0.25, "#BFD9EC"], [0.5, "#6FAAD6"], [0.75, "#0072B2"], [1, "#08305A"]]
 _DIVERGING = [[0, "#08519C"], [0.25, "#6BAED6"], [0.5, "#F7F7F7"], [0.75, "#F0A35E"], [1, "#B34700"]]
