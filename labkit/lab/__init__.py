@@ -5,10 +5,12 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "bench": [],
         "cache": [],
         "claims": ["Verdict", "Verdicts"],
         "figures": [],
-        "session": ["Run", "start"],
+        "progress": [],
+        "session": ["Run", "environment", "start"],
         "widgets": [],
     },
 )
