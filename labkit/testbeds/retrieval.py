@@ -76,6 +76,11 @@ class RetrievalBatch:
         return self.needles[:, 0]
 
     @property
+    def filler(self) -> torch.Tensor:
+        """Which tokens of `context` are filler, random or text: (B, C) bool."""
+        return self.context >= SPECIAL + KEYS + VALUES
+
+    @property
     def question_start(self) -> int:
         """Position in `tokens` where the question begins: prefill up to here when it must stay unknown."""
         return self.context.shape[1]
@@ -135,7 +140,9 @@ class RetrievalTask:
         """Tokens of a prompt: context and one question."""
         return self.context_length + 2
 
-    def batch(self, n: int, generator: torch.Generator, *, questions: int = 1) -> RetrievalBatch:
+    def batch(
+        self, n: int, generator: torch.Generator, *, questions: int = 1, text: torch.Tensor | None = None
+    ) -> RetrievalBatch:
         """Draw prompts.
 
         Parameters
@@ -146,6 +153,9 @@ class RetrievalTask:
             A CPU generator; the only source of chance.
         questions : int
             Different questions M about each context, at most `pairs`.
+        text : (N,) int64 tensor, optional
+            Token stream of `labkit.testbeds.language`: the filler is then a passage of it in place of random
+            filler tokens.
 
         Returns
         -------
@@ -169,6 +179,13 @@ class RetrievalTask:
         size = (n, self.context_length)
         context = SPECIAL + KEYS + VALUES + torch.randint(FILLERS, size, generator=generator)
         context[:, 0] = BOS
+        if text is not None:
+            if len(text) < self.filler:
+                raise ValueError(f"text has {len(text)} tokens, fewer than the {self.filler} of a context")
+            starts = torch.randint(len(text) - self.filler + 1, (n,), generator=generator)
+            passages = text[starts[:, None] + torch.arange(self.filler)]  # (B, filler)
+            free = torch.ones(size, dtype=torch.bool).index_fill_(1, torch.arange(head), False)
+            context[free.scatter_(1, torch.cat([key_at, key_at + 1], 1), False)] = passages.flatten()
         context.scatter_(1, key_at, keys).scatter_(1, key_at + 1, values)
         asked = _distinct(n, pairs, questions, generator)  # (B, M)
         key = keys.gather(1, asked)
@@ -229,6 +246,7 @@ def accuracy(
     batch: int = 128,
     seed: int = 12345,
     split_question: bool = False,
+    text: torch.Tensor | None = None,
 ) -> float:
     """Share of right answers with the whole cache, one question a prompt.
 
@@ -245,6 +263,8 @@ def accuracy(
     split_question : bool
         Read the context first and the question in a second call with the cache, as in the question-agnostic
         setting.
+    text : (N,) int64 tensor, optional
+        Filler text, see `RetrievalTask.batch`.
 
     Returns
     -------
@@ -256,7 +276,7 @@ def accuracy(
     model.eval()
     right = 0
     for begin in range(0, prompts, batch):
-        drawn = task.batch(min(batch, prompts - begin), generator).to(model.device)
+        drawn = task.batch(min(batch, prompts - begin), generator, text=text).to(model.device)
         if split_question:
             past = model(input_ids=drawn.context, use_cache=True).past_key_values
             logits = model(input_ids=drawn.questions[:, 0], past_key_values=past, use_cache=True).logits

@@ -66,7 +66,12 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> PreTrained
 
 
 def train_bpe(
-    text: str, vocab_size: int = 512, *, sample_bytes: int = 2_000_000, rebuild: bool = False
+    text: str,
+    vocab_size: int = 512,
+    *,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    sample_bytes: int = 2_000_000,
+    rebuild: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, or read it from the cache when the same text was seen before.
 
@@ -75,7 +80,9 @@ def train_bpe(
     text : str
         Training text.
     vocab_size : int
-        Size V, at least 260 (four special tokens, which get the ids 0 to 3, and 256 bytes).
+        Size V, special tokens and 256 bytes included: at least 260 with the usual special tokens.
+    special_tokens : sequence of str
+        Get the first ids in this order. Those of `SPECIAL_TOKENS` get their roles, for example padding.
     sample_bytes : int
         Train on the first so many characters at most; a small vocabulary needs no more.
     rebuild : bool
@@ -90,8 +97,8 @@ def train_bpe(
     ValueError
         When the vocabulary is too small or the text is empty.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
+    if vocab_size < 256 + len(special_tokens):
+        raise ValueError(f"vocab_size must be at least {256 + len(special_tokens)}, got {vocab_size}")
     if not text:
         raise ValueError("text is empty: nothing to train on")
     from labkit.lab.cache import cached
@@ -104,7 +111,7 @@ def train_bpe(
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=list(special_tokens),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -114,6 +121,7 @@ def train_bpe(
     key = {
         "sha256": hashlib.sha256(sample.encode()).hexdigest(),
         "vocab_size": vocab_size,
+        "special_tokens": list(special_tokens),
         "tokenizers": _tokenizers.__version__,
     }
     return from_json(cached("bpe", key, build, kind="json", rebuild=rebuild))
