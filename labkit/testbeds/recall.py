@@ -1,9 +1,10 @@
-"""One recall experiment on any causal language model: the tiny trained one, or a real checkpoint with text needles.
+"""One recall experiment on any causal language model: tiny trained ones, or a real checkpoint with text needles.
 
 A *world* holds a model and prompts of equal length: a context with many facts, a question about one of them, and its
-answer. With ``name="retrieval"`` it is :mod:`labkit.testbeds.retrieval`. Any other name is a checkpoint (a local
-folder or a hub id): its contexts are Python's documentation with lines such as ``The code of marble is 4713.``
-scattered in it, the question is ``The code of marble is``, and the answer the four digits.
+answer. ``"retrieval"`` is :mod:`labkit.testbeds.retrieval`, facts among random tokens; ``"language"`` is
+:mod:`labkit.testbeds.language`, facts in real text. Any other name is a checkpoint (a local folder or a hub id): its
+contexts are Python's documentation with lines such as ``The code of marble is 4713.`` scattered in it, the question
+is ``The code of marble is``, and the answer the four digits.
 """
 
 from __future__ import annotations
@@ -14,46 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labkit.testbeds import corpus, retrieval
+from labkit.testbeds import corpus, language, retrieval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Words of one or a few tokens in most vocabularies; no word is the beginning of another.
-WORDS = [
-    "marble",
-    "copper",
-    "violet",
-    "anchor",
-    "lantern",
-    "harbor",
-    "saddle",
-    "pepper",
-    "velvet",
-    "tunnel",
-    "meadow",
-    "candle",
-    "falcon",
-    "ribbon",
-    "hammer",
-    "island",
-    "pocket",
-    "silver",
-    "basket",
-    "garden",
-    "window",
-    "bottle",
-    "jacket",
-    "mirror",
-    "needle",
-    "orange",
-    "pencil",
-    "rocket",
-    "shadow",
-    "ticket",
-    "valley",
-    "walnut",
-]
+WORDS = tuple(
+    """
+    marble copper violet anchor lantern harbor saddle pepper velvet tunnel meadow candle falcon ribbon hammer island
+    pocket silver basket garden window bottle jacket mirror needle orange pencil rocket shadow ticket valley walnut
+    """.split()  # noqa: SIM905 - a list literal of 32 strings is no easier to read
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +45,8 @@ class RecallWorld:
         ``(B, A)`` token ids that follow the question.
     needle : Tensor
         ``(B, 2)``: first position of the asked fact in the context, and the position behind its last token.
+    is_text : Tensor
+        ``(B, n)`` bool: the tokens of the context that are natural text, and so can be predicted.
     """
 
     model: PreTrainedModel
@@ -79,6 +54,7 @@ class RecallWorld:
     question: torch.Tensor
     answer: torch.Tensor
     needle: torch.Tensor
+    is_text: torch.Tensor
 
     @property
     def asked(self) -> torch.Tensor:
@@ -100,13 +76,14 @@ def load(
     Parameters
     ----------
     name : str
-        ``"retrieval"`` for the tiny trained model of `seed`, or a folder or hub id of a causal language model.
+        ``"retrieval"`` or ``"language"`` for the tiny trained model of `seed`, or a folder or hub id of a causal
+        language model.
     seed : int
         Of the prompts, and of the tiny model.
     prompts : int
         Rows B.
     length : int, optional
-        Tokens of a text context; 2048 by default. The tiny model's contexts have 97.
+        Tokens of a checkpoint's contexts; 2048 by default. The tiny models' have 97 and 512.
     facts : int
         Facts in a context, at most 32.
     device : str or torch.device
@@ -114,7 +91,7 @@ def load(
     Raises
     ------
     ValueError
-        For too many facts, a text that does not hold them, or a length that the tiny model was not trained on.
+        For too many facts, contexts that do not hold them, or a length for a tiny model, which has its own.
     OSError
         If a checkpoint is neither a local folder nor to be had from the hub.
 
@@ -127,14 +104,26 @@ def load(
     if not 1 <= facts <= len(WORDS):
         raise ValueError(f"facts={facts} must lie in 1..{len(WORDS)}")
     generator = torch.Generator().manual_seed(5_000_000 + seed)
-    if name == "retrieval":
+    if name in ("retrieval", "language"):
         if length is not None:
-            raise ValueError(f"length={length}: contexts of the tiny model have 97 tokens; leave length out")
-        tiny: Any = retrieval.load(seed)
+            raise ValueError(
+                f"length={length}: contexts of the tiny model {name!r} have their own; leave length out"
+            )
+        if name == "retrieval":
+            tiny: Any = retrieval.load(seed)
+            batch = retrieval.RetrievalTask(pairs=facts).batch(prompts, generator)
+            is_text = torch.zeros_like(batch.context, dtype=torch.bool)
+        else:
+            tiny, _ = language.language_model(seed)
+            held_out = language.streams()[1]
+            task = retrieval.RetrievalTask(pairs=facts, filler=language.TASK.context_length - 1 - 2 * facts)
+            batch = task.batch(prompts, generator, text=held_out)
+            is_text = batch.context >= retrieval.VOCAB
         tiny.to(device)
-        batch = retrieval.RetrievalTask(pairs=facts).batch(prompts, generator).to(device)
+        batch = batch.to(device)
         needle = torch.stack([batch.needle[:, 0], batch.needle[:, 1] + 1], dim=1)
-        return RecallWorld(tiny, batch.context, batch.questions[:, 0], batch.answer[:, None], needle)
+        question, answer = batch.questions[:, 0], batch.answer[:, None]
+        return RecallWorld(tiny, batch.context, question, answer, needle, is_text.to(device))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
@@ -150,7 +139,7 @@ def load(
     context, question, answer, needle = (
         torch.tensor([row[part] for row in kept], device=device) for part in range(4)
     )
-    return RecallWorld(model, context, question, answer, needle)
+    return RecallWorld(model, context, question, answer, needle, torch.ones_like(context, dtype=torch.bool))
 
 
 def _needle_prompt(

@@ -17,6 +17,18 @@ def test_the_tiny_world_is_answered_by_its_own_model():
     assert torch.equal(world.context[rows, world.needle[:, 1] - 1], world.answer[:, 0])
 
 
+def test_the_language_world_holds_facts_in_text_that_its_model_predicts():
+    world = recall.load("language", seed=0, prompts=16)
+    assert world.context.shape == (16, 512)
+    with torch.no_grad():
+        logits = world.model(input_ids=world.asked).logits
+    assert (logits[:, -1].argmax(-1) == world.answer[:, 0]).float().mean() > 0.9
+    text = world.is_text[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[:, :511][text], world.context[:, 1:][text])
+    assert loss < 4.2  # nats; a uniform guess among its 512 text tokens has 6.2
+    assert not world.is_text.gather(1, world.needle[:, :1]).any()
+
+
 def test_text_needles_on_a_checkpoint_from_a_folder(tmp_path):
     tokenizer = tokenizers.byte_tokenizer()
     model = models.tiny("llama", width=32, layers=1, heads=2, vocab=len(tokenizer))
