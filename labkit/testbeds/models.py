@@ -233,7 +233,7 @@ def tiny(
     Returns
     -------
     transformers.PreTrainedModel
-        In float32, in evaluation mode off (training mode), on the CPU.
+        In float32, in training mode, on the CPU.
 
     Raises
     ------
