@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "figures": [],
         "progress": [],
         "session": ["Run", "environment", "start"],
+        "sweeps": ["sweep"],
         "widgets": [],
     },
 )
