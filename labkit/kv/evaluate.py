@@ -221,7 +221,9 @@ def text_loss(world: World, press: CachePress, *, tail: int = 48) -> float:
     """
     text = world.is_text[:, 1 - tail :]
     if not bool(text.any()):
-        raise ValueError(f"the last {tail} tokens of these contexts hold no text to predict; use a world with text")
+        raise ValueError(
+            f"the last {tail} tokens of these contexts hold no text to predict; use a world with text"
+        )
     start, rest = world.context[:, :-tail], world.context[:, -tail:]
     loss, _ = continuation_loss(world.model, press, start, rest)  # (B, tail - 1)
     return float(loss[text].mean())

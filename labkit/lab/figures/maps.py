@@ -221,7 +221,11 @@ def cache_map(
     return heatmap(
         [head for layer in reasons for head in layer],
         classes=KEPT,
-        y=[f"layer {layer}, head {i}" for layer, heads in zip(shown, reasons, strict=True) for i in range(len(heads))],
+        y=[
+            f"layer {layer}, head {i}"
+            for layer, heads in zip(shown, reasons, strict=True)
+            for i in range(len(heads))
+        ],
         highlight=highlight,
         title=title,
         x_title="position in the prompt (token)",
