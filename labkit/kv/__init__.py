@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "evaluate": ["answers", "continuation_loss", "decode_logits", "recall_accuracy", "text_loss"],
         "comparison": ["policies"],
         "greedy": ["GreedyEviction", "GreedyH2O", "GreedyMSRNN", "GreedyTOVA", "Scissorhands"],
-        "interop": ["nacl_scorer_press"],
+        "interop": ["nacl_scorer_press", "scorer_press_of"],
         "_kernels": ["compact_kv", "proxy_column_sums"],
     },
 )
