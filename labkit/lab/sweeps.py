@@ -107,7 +107,7 @@ def plan(
     if isinstance(parameters, str | os.PathLike):
         parameters = grid.read(parameters, known, slug)
     given = grid.expand(parameters, zip)
-    if not given:
+    if not any(given):
         raise ValueError("the grid is empty; name a parameter and its values at least")
     folder = Path(out).resolve() if out is not None else default_folder(slug, given)
     runs, _, _ = runner.plan_many(slug_or_path, folder, given)

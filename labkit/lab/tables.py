@@ -162,6 +162,11 @@ def write(table: pd.DataFrame, folder: Path) -> None:
     cache.write_atomic(folder / "table.csv", text.to_csv(index=False, lineterminator="\n"))
 
 
+def _listed(value: Any) -> list[float]:
+    """A cell with values per seed; Parquet gives back arrays, a missing one is None or NaN."""
+    return list(value) if hasattr(value, "__len__") and not isinstance(value, str) else []
+
+
 def per_seed(table: pd.DataFrame) -> pd.DataFrame:
     """One row per claim and seed, each seed of a setting once.
 
@@ -186,7 +191,7 @@ def per_seed(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, run in table.iterrows():
         for name in claims:
-            for index, value in enumerate(run[name] if isinstance(run[name], Sequence) else []):
+            for index, value in enumerate(_listed(run[name])):
                 own = {parameter: run[parameter] for parameter in parameters}
                 own["seed"] = int(own.get("seed", 0)) + index
                 claim = name.removeprefix("claim.").removesuffix(suffix)
@@ -199,5 +204,5 @@ def per_seed(table: pd.DataFrame) -> pd.DataFrame:
 def shared_seeds(table: pd.DataFrame) -> int:
     """How many values of the table's claims repeat a seed that another run of the same setting has."""
     values = [name for name in table.columns if name.startswith("claim.") and name.endswith(".values")]
-    held = sum(len(item) for name in values for item in table[name] if isinstance(item, list))
+    held = sum(len(_listed(item)) for name in values for item in table[name])
     return held - len(per_seed(table))
