@@ -126,11 +126,14 @@ def cluster(jobs: Sequence[Job], scheduler: str, board: Board, finished: Finishe
         raise ClusterError(
             f"no scheduler answers at {scheduler!r} ({error}); `dask scheduler` starts one and prints its address"
         ) from None
+    work = _Cluster(client, jobs, board, finished)
     try:
         # What a killed sweep of this folder left running is ended first, so that no run is made twice.
         client.run(stop_here, jobs[0].out, on_error="ignore")
-        _Cluster(client, jobs, board, finished).carry()
+        work.carry()
     except BaseException:
+        # First what has not begun, so that nothing takes the place of what is ended.
+        _quietly(lambda: client.cancel(list(work.futures.values()), force=True))
         _quietly(lambda: client.run(stop_here, jobs[0].out, on_error="ignore"))
         raise
     finally:
@@ -169,7 +172,7 @@ class _Cluster:
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
                 self.look_for_begun()
-                if not warned and not self.client.scheduler_info(n_workers=-1)["workers"]:
+                if not warned and not self.client.scheduler_info()["workers"]:
                     warned = True
                     print("no worker is connected to the scheduler yet; waiting for one", flush=True)
             self.board.tick()

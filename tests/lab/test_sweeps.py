@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from labkit import lab
-from labkit.lab import cli, engines, project, runner, sweeps, tables
+from labkit.lab import cli, engines, live, project, runner, sweeps, tables
 
 from .small import save
 
@@ -396,3 +397,21 @@ def test_command_line(tiny, out, monkeypatch, capsys):
     ):
         code, _, error = call(*arguments)
         assert (code, message in error) == (2, True), error
+
+
+def test_many_runs_are_shown_in_part(tmp_path):
+    from rich.console import Console
+
+    board = live.Live([f"run{number}" for number in range(100)])
+    result = runner.RunResult("tiny", "k", tmp_path, "ok", {}, 1.0, 50.0, {}, None, "f")
+    failed = runner._with(result, status="memory", error={"cell": 2})
+    for index in range(50):
+        board.start(index)
+        board.finish(index, failed if index == 7 else result)
+    board.start(50)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(board.table())
+    shown = console.export_text().splitlines()
+    assert [line.split()[0] for line in shown[1:8]] == ["run7", *(f"run{number}" for number in range(45, 51))]
+    assert "memory in cell 2" in shown[1]
+    assert "50 of 100 done, 1 failed" in shown[-1]
