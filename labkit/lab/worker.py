@@ -246,6 +246,9 @@ def main(argument: str) -> None:
     os.dup2(2, 1)  # nothing but events goes to the runner
     threading.Thread(target=_leave_with_runner, daemon=True).start()
     spec = json.loads(Path(argument).read_text(encoding="utf-8"))
+    # Where it is installed, jsonschema imports this checker of internationalised addresses, which builds a grammar
+    # for most of a second. No notebook has such addresses to check; jsonschema does without it.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
     from labkit.lab import notebook
 
