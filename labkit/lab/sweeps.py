@@ -435,10 +435,13 @@ def show(table: pd.DataFrame) -> None:
     view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for title in (*names, "status", "tries", "s", "peak MB", "reproduced"):
         view.add_column(title, justify="left" if title in (*names, "status") else "right", no_wrap=True)
+    starred = False
     for _, run in table.head(60).iterrows():
         decided = [run[name] for name in verdicts if isinstance(run[name], str)]
         tested = [verdict for verdict in decided if verdict != "untestable here"]
         count = f"{tested.count('reproduced')} of {len(tested)}" if tested else "–"
+        if tested and run["exploratory"] is True:
+            count, starred = count + " *", True
         cost = [f"{run[name]:.{digits}f}" if run[name] == run[name] else "" for name, digits in _COST]
         style = {"ok": "", tables.MISSING: "dim"}.get(run["status"], "bold red")
         view.add_row(
@@ -450,6 +453,8 @@ def show(table: pd.DataFrame) -> None:
             style=style,
         )
     console.print(view)
+    if starred:
+        console.print("* exploratory: not the setting that the thresholds were registered for")
     if len(table) > 60:
         console.print(f"... and {len(table) - 60} more runs")
     folder = Path(table.attrs["folder"])

@@ -8,6 +8,8 @@ the parameters
     Under their own names, defaults included.
 ``status``, ``attempts``, ``seconds``, ``peak_memory_mb``, ``error``
     What became of the run; ``missing`` where it has not been made yet.
+``exploratory``
+    Whether a knob of the paper differs from the setting that the claims' thresholds were registered for.
 ``claim.ID``, ``.low``, ``.high``, ``.verdict``, ``.values``
     Mean over the run's seeds, its 95 % interval, the verdict, and the list of values per seed.
 ``metric.NAME``
@@ -33,7 +35,18 @@ if TYPE_CHECKING:
 
 MISSING = "missing"
 #: Columns that no parameter may be named after.
-OWN = ("run", "status", "attempts", "seconds", "peak_memory_mb", "error", "started", "finished", "folder")
+OWN = (
+    "run",
+    "status",
+    "attempts",
+    "seconds",
+    "peak_memory_mb",
+    "error",
+    "exploratory",
+    "started",
+    "finished",
+    "folder",
+)
 
 
 def build(
@@ -102,6 +115,7 @@ def _row(run: runner.RunResult, result: runner.RunResult | None, folder: Path) -
             "seconds": result.seconds if result else None,
             "peak_memory_mb": result.peak_memory_mb if result else None,
             "error": _error(result) if result else None,
+            "exploratory": bool(record["changed"]) if "changed" in record else None,
         },
         "claims": claims,
         "metrics": {f"metric.{name}": value for name, value in record.get("metrics", {}).items()},

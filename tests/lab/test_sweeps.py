@@ -47,7 +47,7 @@ values = [seed + 0.25 * index for index in range(3)]
 claim = {{"id": "gain", "values": values, "mean": values[1], "interval": [values[0], values[2]],
          "verdict": "reproduced", "threshold": 0.5, "direction": ">=", "unit": ""}}
 record = {{"claims": [claim], "metrics": {{"loss": seed / 2, "curve": [1, 2.5], "notes": {{"a": 1}}}},
-          "device": "cpu", "environment": {{"python": "3"}}}}
+          "device": "cpu", "changed": {{}}, "environment": {{"python": "3"}}}}
 Path(os.environ["LABKIT_RUN_DIR"], "verdicts.json").write_text(json.dumps(record))
 """
 
@@ -316,6 +316,7 @@ class TestTable:
         }
         metrics = {"loss": 1, "curve": [1, 2], "notes": {"a": 1}, "odd": "text", "flag": True}
         verdicts = {
+            "changed": {"rate": 0.5},
             "claims": [claim],
             "metrics": metrics,
             "device": "cpu",
@@ -342,6 +343,8 @@ class TestTable:
         assert json.loads(table["metric.notes"][0]) == {"a": 1}
         assert list(table["metric.odd"][:2]) == ['"text"', "4"]
         assert bool(table["metric.flag"][0]) is True
+        assert bool(table["exploratory"][0])
+        assert pd.isna(table["exploratory"][2])
         assert table["error"][1] == "E: m (cell 3)"
         assert (table["env.torch"][0], table["env.gpu"][0], table["env.host"][0]) == ("2", "x", "here")
         assert table["folder"][2] == "tiny/s2"
