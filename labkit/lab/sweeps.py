@@ -219,6 +219,10 @@ def sweep(
     _check_options(jobs, timeout, memory, retries)
     if parameters is None:
         raise ValueError("a sweep needs a grid, such as {'seed': range(3)}")
+    if jobs is not None and scheduler is not None:
+        raise ValueError(
+            "jobs counts runs on this machine; on a cluster the workers' threads do, so leave it out"
+        )
     if resume and fresh:
         raise ValueError("resume keeps what is there and fresh removes it: give one of them")
     if retry_failed and not resume:

@@ -111,6 +111,7 @@ class TestBeforeTheFirstRun:
             ({"timeout": 0.0}, r"timeout=0\.0 must be a positive number of seconds"),
             ({"memory": float("nan")}, "memory=nan must be a positive number of megabytes"),
             ({"retries": -1}, "retries=-1 must be at least 0"),
+            ({"jobs": 2, "scheduler": "tcp://x:1"}, "leave it out"),
             ({"resume": True, "fresh": True}, "give one of them"),
             ({"retry_failed": True}, "retry_failed goes with resume"),
         ],
