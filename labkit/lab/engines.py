@@ -257,7 +257,8 @@ def carry_here(values: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, TypeError, OSError) as error:
         return {"problem": f"{here} can't carry the run: {error}"}
     if planned.fingerprint != job.fingerprint:
-        return {"problem": f"{here} has another labkit, torch, transformers or notebook than this machine"}
+        what = "another labkit, torch, transformers or notebook"
+        return {"problem": f"{here} has {what} than the sweep began with; finished runs are kept"}
     begun = _begun(job)
     if len(begun) > job.retries:
         message = f"each of the {len(begun)} workers that began the run was lost: {'; '.join(begun)}"

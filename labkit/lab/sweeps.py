@@ -471,6 +471,14 @@ def show(table: pd.DataFrame) -> None:
     counts = table["status"].value_counts()
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
     console.print(f"\n{len(table)} runs: {said}", highlight=False)
+    changed = sum(value is False for value in table["as_planned"].astype(object))
+    if changed:
+        console.print(
+            f"{changed} runs were made after the notebook, labkit or a library had changed: "
+            "--resume makes anew whatever does not match",
+            style="bold red",
+            highlight=False,
+        )
     shared = tables.shared_seeds(table)
     if shared:
         console.print(

@@ -10,6 +10,8 @@ the parameters
     What became of the run; ``missing`` where it has not been made yet.
 ``exploratory``
     Whether a knob of the paper differs from the setting that the claims' thresholds were registered for.
+``as_planned``
+    False if the notebook, the package or a library changed between the start of the sweep and that of the run.
 ``claim.ID``, ``.low``, ``.high``, ``.verdict``, ``.values``
     Mean over the run's seeds, its 95 % interval, the verdict, and the list of values per seed.
 ``metric.NAME``
@@ -36,17 +38,9 @@ if TYPE_CHECKING:
 MISSING = "missing"
 #: Columns that no parameter may be named after.
 OWN = (
-    "run",
-    "status",
-    "attempts",
-    "seconds",
-    "peak_memory_mb",
-    "error",
-    "exploratory",
-    "started",
-    "finished",
-    "folder",
-)
+    "run", "status", "attempts", "seconds", "peak_memory_mb", "error", "as_planned", "exploratory",
+    "started", "finished", "folder",
+)  # fmt: skip
 
 
 def build(
@@ -115,6 +109,7 @@ def _row(run: runner.RunResult, result: runner.RunResult | None, folder: Path) -
             "seconds": result.seconds if result else None,
             "peak_memory_mb": result.peak_memory_mb if result else None,
             "error": _error(result) if result else None,
+            "as_planned": result.fingerprint == run.fingerprint if result else None,
             "exploratory": bool(record["changed"]) if "changed" in record else None,
         },
         "claims": claims,

@@ -326,7 +326,12 @@ class TestTable:
         good = runner._with(planned[0], status="ok", seconds=2.0, verdicts=verdicts, host="here")
         error = {"name": "E", "message": "m", "cell": 3}
         bad = runner._with(
-            planned[1], status="failed", seconds=1.0, error=error, verdicts={"metrics": {"odd": 4}}
+            planned[1],
+            fingerprint="other",
+            status="failed",
+            seconds=1.0,
+            error=error,
+            verdicts={"metrics": {"odd": 4}},
         )
         return planned, {"s0": good, "s1": bad}
 
@@ -345,6 +350,7 @@ class TestTable:
         assert list(table["metric.odd"][:2]) == ['"text"', "4"]
         assert bool(table["metric.flag"][0]) is True
         assert bool(table["exploratory"][0])
+        assert list(table["as_planned"][:2]) == [True, False]
         assert pd.isna(table["exploratory"][2])
         assert table["error"][1] == "E: m (cell 3)"
         assert (table["env.torch"][0], table["env.gpu"][0], table["env.host"][0]) == ("2", "x", "here")
