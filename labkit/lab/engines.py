@@ -172,7 +172,7 @@ class _Cluster:
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
                 self.look_for_begun()
-                if not warned and not self.client.scheduler_info()["workers"]:
+                if not warned and self.client.scheduler_info().get("workers") == {}:
                     warned = True
                     print("no worker is connected to the scheduler yet; waiting for one", flush=True)
             self.board.tick()
