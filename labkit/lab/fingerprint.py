@@ -138,24 +138,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def files(nb: Any, paper: papers.Paper | None) -> list[tuple[str, str]]:
-    """Files of labkit that a notebook depends on: path in the package, and hash of the content.
+def of_notebook(nb: Any, paper: papers.Paper | None) -> str:
+    """Hash of all that the runs of a notebook depend on, whatever their parameters.
 
-    The same for every run of the notebook, whatever its parameters.
+    Parameters
+    ----------
+    nb : notebook
+        Its code cells count; prose and outputs don't.
+    paper : Paper or None
+        Registry entry, whose file enters the hash.
     """
     top = project.package_folder()
     found = closure(_parsable(cell.source for cell in notebook.code_cells(nb)), top)
     if paper is not None:
         found.append(top / "papers" / f"{paper.slug}.toml")
-    return [(str(path.relative_to(top)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in found]
+    files = [(str(path.relative_to(top)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in found]
+    return _digest({"code": notebook.code_hash(nb), "versions": versions(), "files": files})
 
 
-def of_run(
-    nb: Any,
-    parameters: Mapping[str, Any],
-    paper: papers.Paper | None,
-    reached: Iterable[tuple[str, str]] | None = None,
-) -> str:
+def with_parameters(nb_hash: str, parameters: Mapping[str, Any]) -> str:
+    """Fingerprint of a run, from what :func:`of_notebook` gives and all its parameters, defaults filled in."""
+    return _digest({"notebook": nb_hash, "parameters": dict(parameters)})
+
+
+def of_run(nb: Any, parameters: Mapping[str, Any], paper: papers.Paper | None) -> str:
     """Fingerprint of a run.
 
     Parameters
@@ -166,21 +172,17 @@ def of_run(
         All parameters, defaults filled in.
     paper : Paper or None
         Registry entry, whose file enters the hash.
-    reached : iterable, optional
-        What :func:`files` gives for this notebook, where it is known already.
 
     Returns
     -------
     str
         Thirty-two hexadecimal digits.
     """
-    head = {
-        "code": notebook.code_hash(nb),
-        "parameters": dict(parameters),
-        "versions": versions(),
-        "files": list(files(nb, paper) if reached is None else reached),
-    }
-    return hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return with_parameters(of_notebook(nb, paper), parameters)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _parsable(sources: Iterable[str]) -> Iterable[str]:

@@ -306,13 +306,12 @@ def plan_many(
     checked = [check_parameters(paper, path, parameters) for parameters in grid]
     defaults = check_parameters(paper, path, {})
     slug = paper.slug if paper else path.stem
-    nb = notebook.read(path)
-    files = fingerprint.files(nb, paper)
+    nb_hash = fingerprint.of_notebook(notebook.read(path), paper)
     results = []
     for values in checked:
         key = run_key(values, defaults)
         folder = out.resolve() / slug / key
-        digest = fingerprint.of_run(nb, values, paper, files)
+        digest = fingerprint.with_parameters(nb_hash, values)
         results.append(RunResult(slug, key, folder, "planned", values, 0.0, 0.0, {}, None, digest))
     return results, paper, path
 

@@ -132,10 +132,10 @@ class TestBeforeTheFirstRun:
 
     def test_a_thousand_runs_are_planned_at_once(self, tmp_path, out):
         path = save(tmp_path, "nacl", "from labkit.kv import NACLPress")
-        started = time.perf_counter()
+        started = time.process_time()
         what = sweeps.plan(path, {"seed": range(250), "proxies": [1, 2, 3, 4]}, out=out)
         assert len({run.key for run in what.runs}) == len({run.fingerprint for run in what.runs}) == 1000
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 3
 
     def test_the_folder_of_a_sweep_follows_its_grid(self, repository):
         one, same, other = (sweeps.default_folder("nacl", [{"seed": seed}]) for seed in (0, 0, 1))
