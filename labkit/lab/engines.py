@@ -146,6 +146,9 @@ def _quietly(call: Callable[[], Any]) -> None:
         call()
 
 
+_LOST = "the scheduler is lost; finished runs are kept, and --resume makes the others"
+
+
 class _Cluster:
     """The runs of a sweep on a cluster, followed until all are over."""
 
@@ -163,9 +166,7 @@ class _Cluster:
         looked = 0.0
         while self.futures:
             if self.client.status not in ("running", "connecting"):
-                raise ClusterError(
-                    "the scheduler is gone; finished runs are kept, and --resume makes the others"
-                )
+                raise ClusterError(_LOST)
             for index, future in list(self.futures.items()):
                 if future.status != "pending":
                     self.settle(index, future)
@@ -196,7 +197,7 @@ class _Cluster:
         del self.futures[index]
         job = self.jobs[index]
         if future.status == "finished":
-            answer = future.result()
+            answer = self.fetch(future.result)
             if "problem" in answer:
                 raise ClusterError(answer["problem"])
             record = answer["record"]
@@ -204,7 +205,7 @@ class _Cluster:
             directory = Path(job.out) / record["slug"] / record["key"]
             self.over(index, runner.RunResult(directory=directory, verdicts=answer["verdicts"], **record))
             return
-        error = future.exception() if future.status == "error" else None
+        error = self.fetch(future.exception) if future.status == "error" else None
         if error is not None and type(error).__name__ != "KilledWorker":
             if isinstance(error, ImportError):
                 raise ClusterError(f"a worker can't import labkit ({error}); install the same version there")
@@ -215,6 +216,13 @@ class _Cluster:
             return
         message = f"the workers that had the run died, {self.submitted[index]} times over"
         self.over(index, runner.record_lost(job.planned(), len(_begun(job)), message))
+
+    def fetch(self, get: Callable[[], Any]) -> Any:
+        """Get what a future holds from the cluster."""
+        try:
+            return get()
+        except OSError:  # distributed's own errors of communication are such, too
+            raise ClusterError(_LOST) from None
 
     def over(self, index: int, result: runner.RunResult) -> None:
         self.waiting.discard(index)
