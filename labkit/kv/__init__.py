@@ -16,9 +16,10 @@ __getattr__, __dir__, __all__ = attach(
         "attention": ["LayerContext"],
         "nacl": ["NACLConfig", "NACLPress", "Split", "nacl_priorities", "nacl_select", "proxy_scores"],
         "baselines": ["H2OPress", "RandomPress", "SnapKVPress", "StreamingLLMPress"],
-        "evaluate": ["answers", "continuation_loss", "decode_logits"],
+        "evaluate": ["answers", "continuation_loss", "decode_logits", "recall_accuracy", "text_loss"],
+        "comparison": ["policies"],
         "greedy": ["GreedyEviction", "GreedyH2O", "GreedyMSRNN", "GreedyTOVA", "Scissorhands"],
-        "interop": ["nacl_scorer_press"],
+        "interop": ["nacl_scorer_press", "scorer_press_of"],
         "_kernels": ["compact_kv", "proxy_column_sums"],
     },
 )

@@ -8,7 +8,7 @@ view, before anything was evicted.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -161,3 +161,69 @@ def continuation_loss(
         losses.append(nn.functional.cross_entropy(logits, continuation[:, column + 1], reduction="none"))
         size = cache_bytes(cache)
     return torch.stack(losses, dim=1), size
+
+
+class World(Protocol):
+    """What the measures below need; :class:`labkit.testbeds.recall.RecallWorld` is one."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def context(self) -> Tensor: ...
+    @property
+    def asked(self) -> Tensor: ...
+    @property
+    def question(self) -> Tensor: ...
+    @property
+    def answer(self) -> Tensor: ...
+    @property
+    def is_text(self) -> Tensor: ...
+
+
+def recall_accuracy(world: World, press: CachePress, *, asked: bool = True) -> float:
+    """Share of facts that a model still finds after the eviction, between 0 and 1.
+
+    Parameters
+    ----------
+    world : World
+        Model, prompts, questions and answers.
+    press : CachePress
+    asked : bool
+        Whether the press saw the question at the end of the prompt. The question is fed after the eviction in
+        either case.
+
+    Examples
+    --------
+    >>> from labkit import kv
+    >>> from labkit.testbeds import recall
+    >>> world = recall.load("retrieval", seed=0, prompts=64)
+    >>> kv.recall_accuracy(world, kv.NACLPress(0.8, proxy_tokens=4, sink=1, recent=1)) > 0.8
+    True
+    """
+    prompt = world.asked if asked else world.context
+    return float(answers(world.model, press, prompt, world.question, world.answer).float().mean())
+
+
+def text_loss(world: World, press: CachePress, *, tail: int = 48) -> float:
+    """Loss on the last text tokens of the contexts after all before them was evicted, nats per token.
+
+    Parameters
+    ----------
+    world : World
+    press : CachePress
+    tail : int
+        Tokens that are fed after the eviction; those among them that are natural text are scored.
+
+    Raises
+    ------
+    ValueError
+        If the tail holds no text.
+    """
+    text = world.is_text[:, 1 - tail :]
+    if not bool(text.any()):
+        raise ValueError(
+            f"the last {tail} tokens of these contexts hold no text to predict; use a world with text"
+        )
+    start, rest = world.context[:, :-tail], world.context[:, -tail:]
+    loss, _ = continuation_loss(world.model, press, start, rest)  # (B, tail - 1)
+    return float(loss[text].mean())

@@ -221,8 +221,16 @@ class Verdicts:
                 f"<td style='text-align:left'><b style='color:{_COLOUR[row.verdict]};white-space:nowrap'>"
                 f"{_SYMBOL[row.verdict]} {row.verdict}</b><br><small>{html.escape(note)}</small></td></tr>"
             )
-        titles = ("claim", "measured, 95 % interval", "threshold", "in the paper", "verdict")
-        head = "".join(f"<th style='text-align:left'>{title}</th>" for title in titles)
+        widths = {
+            "claim": 40,
+            "measured, 95 % interval": 17,
+            "threshold": 9,
+            "in the paper": 16,
+            "verdict": 18,
+        }
+        head = "".join(
+            f"<th style='text-align:left;width:{share}%'>{title}</th>" for title, share in widths.items()
+        )
         caution = f"<p><b>{html.escape(self.caution)}</b></p>" if self.caution else ""
         body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody>"
         return f"{caution}<table style='width:100%'>{body}</table>"

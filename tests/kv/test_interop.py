@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from labkit.kv import NACLPress, nacl_scorer_press, nacl_select, proxy_scores
+from labkit.kv import NACLPress, nacl_scorer_press, nacl_select, proxy_scores, scorer_press_of
 from labkit.kv.attention import LayerContext
 
 kvpress_installed = importlib.util.find_spec("kvpress") is not None
@@ -106,11 +106,11 @@ def test_the_last_queries_of_a_buffer_score_alike(scorer, layer):
 def test_what_kvpress_cannot_express_is_refused(scorer):
     for press in (NACLPress(budget_tokens=20), NACLPress.official(), NACLPress.paper_table(0.2)):
         with pytest.raises(ValueError, match="kvpress budgets are shares"):
-            press.as_kvpress()
+            scorer_press_of(press)
     for settings in ({"decode_interval": 4}, {"min_length": 9}):
         with pytest.raises(ValueError, match="decode_interval and min_length are not available"):
             scorer(0.5, **settings)
-    assert NACLPress(0.5).as_kvpress().compression_ratio == 0.5
+    assert scorer_press_of(NACLPress(0.5)).compression_ratio == 0.5
 
 
 def test_without_kvpress_the_way_to_get_it_is_named(monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -163,8 +164,30 @@ def test_bars_group_and_lie_down():
         figures.bars({"a": [1], "b": {"c": [1]}}, title="?", value_title="s")
 
 
+def test_cache_map_has_a_row_for_each_head_of_each_layer():
+    reason = np.zeros((2, 3, 5), dtype=int)
+    reason[1, 2, 4] = 3
+    stats = {0: SimpleNamespace(reason=reason * 0), 4: SimpleNamespace(reason=reason)}
+    fig = figures.cache_map(stats, 1, title="?", highlight={"fact": 4})
+    assert list(fig.data[0].y)[-1] == "layer 4, head 2"
+    assert fig.data[0].z[-1][4] == list(figures.KEPT).index("kept by score")
+    assert len(figures.cache_map(stats, layers=[4], title="?").data[0].z) == 3
+    with pytest.raises(ValueError, match="run a model under the press first"):
+        figures.cache_map({}, title="?")
+    with pytest.raises(ValueError, match="layer 9 is not among"):
+        figures.cache_map(stats, layers=[9], title="?")
+
+
+def test_the_classes_of_a_map_are_counted_as_the_presses_count_them():
+    state = pytest.importorskip("labkit.kv.state")
+    names = list(figures.KEPT)
+    assert names[0] == "evicted"
+    assert (names[state.SINK], names[state.RECENT]) == ("sink", "recent")
+    assert (names[state.BY_SCORE], names[state.BY_LUCK]) == ("kept by score", "kept by luck")
+
+
 def test_heatmap_of_classes():
-    cells = np.array([[0, 1, 2, 4], [0, 3, 4, 4]])
+    cells = np.array([[1, 2, 3, 0], [1, 4, 0, 0]])
     fig = figures.heatmap(
         cells,
         classes=figures.KEPT,

@@ -226,7 +226,9 @@ def test_full_disk_leaves_no_half_result(tmp_path, out, monkeypatch):
 
 
 _DRIVER = """
-    import sys
+    import signal, sys
+    # A shell that starts a job in the background makes it, and its children, ignore the interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from labkit.lab import runner
     runner.run_many(sys.argv[2:], out=sys.argv[1])
 """

@@ -85,7 +85,7 @@ def test_a_run_writes_its_record_and_refuses_gaps(run, tmp_path):
     record = json.loads((tmp_path / "run" / "verdicts.json").read_text())
     assert record["seed"] == 3
     assert record["metrics"] == {"accuracy": 0.5}
-    assert record["parameters"]["budget"] == 0.2
+    assert record["parameters"]["budget"] == 0.1
     assert {row["verdict"] for row in record["claims"]} == {claims.UNTESTABLE}
     assert record["peak_memory_mb"] > 50
     assert "torch" in record["environment"]

@@ -193,12 +193,6 @@ class NACLPress(CachePress):
             generator=self.generator(index),
         )
 
-    def as_kvpress(self) -> Any:
-        """Make a kvpress ``ScorerPress`` of these settings; see :func:`labkit.kv.interop.nacl_scorer_press`."""
-        from labkit.kv.interop import scorer_press_of
-
-        return scorer_press_of(self)
-
     # Eviction while decoding.
 
     def on_prompt(self, state: LayerState, contexts: Sequence[tuple[list[int], LayerContext]]) -> None:

@@ -14,7 +14,7 @@ from labkit.lab.figures import look
 from labkit.lab.figures.axes import reference
 from labkit.lab.figures.framed import framed
 from labkit.lab.figures.look import COLOURS, fold, plain, summary
-from labkit.lab.figures.maps import KEPT, heatmap
+from labkit.lab.figures.maps import KEPT, cache_map, heatmap
 from labkit.lab.figures.png import attach_png
 from labkit.lab.figures.series import bars, lines
 
@@ -23,6 +23,7 @@ __all__ = [
     "KEPT",
     "attach_png",
     "bars",
+    "cache_map",
     "fold",
     "framed",
     "heatmap",

@@ -185,6 +185,56 @@ def heatmap(
     return fig
 
 
+def cache_map(
+    stats: Mapping[int, Any],
+    row: int = 0,
+    *,
+    title: str,
+    highlight: Mapping[str, int | Sequence[int]] | None = None,
+    layers: Sequence[int] | None = None,
+    height: int | None = None,
+) -> go.Figure:
+    """What each head of each layer keeps of one prompt, token by token, and why.
+
+    Parameters
+    ----------
+    stats : mapping of layer to object
+        The ``stats`` of a press of :mod:`labkit.kv`: ``reason`` counts :data:`KEPT`, shape (B, heads, tokens).
+    row : int
+        Prompt of the batch.
+    layers : sequence of int, optional
+        Layers to show; all by default.
+    title, highlight, height
+        As in :func:`heatmap`.
+
+    Raises
+    ------
+    ValueError
+        If nothing was evicted yet, or a layer is not there.
+    """
+    if not stats:
+        raise ValueError("cache_map: stats are empty; run a model under the press first")
+    shown = sorted(stats) if layers is None else list(layers)
+    if odd := set(shown) - set(stats):
+        raise ValueError(f"cache_map: layer {sorted(odd)[0]} is not among {sorted(stats)}")
+    reasons = [stats[layer].reason[row].tolist() for layer in shown]
+    return heatmap(
+        [head for layer in reasons for head in layer],
+        classes=KEPT,
+        y=[
+            f"layer {layer}, head {i}"
+            for layer, heads in zip(shown, reasons, strict=True)
+            for i in range(len(heads))
+        ],
+        highlight=highlight,
+        title=title,
+        x_title="position in the prompt (token)",
+        y_title="",
+        hover=False,
+        height=height,
+    )
+
+
 def _shades(classes: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     """Colours of classes; names that :data:`KEPT` knows keep its colours."""
     if isinstance(classes, Mapping):
