@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import os
 import re
@@ -104,23 +105,40 @@ def top(tmp_path, monkeypatch):
 
 @pytest.fixture
 def swept(tmp_path):
-    """A sweep over two parameters with two seeds; one of its runs died."""
+    """A sweep over two parameters as ``labkit sweep`` records it: two seeds a run, one run died."""
     folder = tmp_path / "sweeps" / "first"
     folder.mkdir(parents=True)
-    lines = ["size,seed,device,budget,claim.chance-helps,claim.chance-helps.low,claim.chance-helps.high,"
-             "claim.chance-helps.verdict,metric.full,status,seconds,peak_memory_mb,environment.torch"]  # fmt: skip
+    rows = []
     for budget in (0.1, 0.2, 0.4):
         for seed in (0, 1):
             dead = (budget, seed) == (0.4, 1)
-            got = ",,,,," if dead else f"{budget + seed / 10},0,1,reproduced,0.99,"
-            end = "died" if dead else "ok"
-            lines.append(f"laptop,{seed},auto,{budget},{got}{end},60.5,512,2.13")
-    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+            values = [budget, budget + 0.1]
+            claims = {
+                "claim.chance-helps": "" if dead else sum(values) / 2,
+                "claim.chance-helps.low": "" if dead else 0,
+                "claim.chance-helps.high": "" if dead else 1,
+                "claim.chance-helps.verdict": "" if dead else "reproduced",
+                "claim.chance-helps.values": "" if dead else json.dumps(values),
+                "metric.full": "" if dead else 0.99,
+            }
+            head = {
+                "run": f"r{budget}-{seed}",
+                "size": "laptop",
+                "seed": seed,
+                "device": "auto",
+                "budget": budget,
+            }
+            cost = {"status": "died" if dead else "ok", "seconds": 60.5, "peak_memory_mb": 512}
+            more = {"exploratory": "" if dead else budget != 0.1, "env.device": "cpu", "env.torch": "2.13"}
+            rows.append({**head, **cost, **more, **claims})
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
     head = {
-        "slug": "nacl",
-        "grid": {"budget": [0.1, 0.2, 0.4], "seed": [0, 1]},
-        "created": "2026-01-03T00:00:00",
-    }
+        "schema": 1, "slug": "nacl", "started": "2026-01-03T00:00:00+00:00", "varied": ["budget", "seed"],
+        "parameters": ["size", "seed", "device", "budget"], "runs": [],
+    }  # fmt: skip
     (folder / "sweep.json").write_text(json.dumps(head))
     return folder
 
@@ -268,19 +286,31 @@ def test_settings_are_read_without_running():
 
 def test_sweep_knows_what_varies_and_what_was_measured(swept):
     (found,) = sweep.find(swept.parent)
-    assert found.parameters == ["budget", "seed"]
+    assert found.parameters == ["seed", "budget"]
     assert found.fixed == {"size": "laptop", "device": "auto"}
     assert [measure.kind for measure in found.measures] == ["claim", "metric", "cost", "cost"]
     registered = next(item for item in papers.load("nacl").claims if item.id == "chance-helps")
     assert found.measures[0].threshold == registered.threshold["laptop"]
     assert found.states == {"ok": 5, "died": 1}
+    assert found.machines == {"device": "cpu", "torch": "2.13"}
+    assert found.exploratory == 3
     data = sweep.payload(found)
-    assert data["parameters"][0]["values"] == [0.1, 0.2, 0.4]
-    assert data["rows"][-1]["got"][0] is None
-    by_budget = sweep.summaries(found)[0]
-    assert by_budget["rows"][0]["cells"][0] == "0.150 (0.100 to 0.200)"
-    assert by_budget["rows"][2]["runs"] == 2
+    assert data["measures"][0]["missing"] == 1
     assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_a_seed_that_two_runs_share_counts_once(swept):
+    (found,) = sweep.find(swept.parent)
+    claim, metric = found.measures[:2]
+    # Seeds 0 and 1 of one run, 1 and 2 of the next: three points; the last setting has one run alone.
+    at_least = [point for point in sweep.points(found, claim) if point[1] == 0.1]
+    assert at_least == [[0, 0.1, 0.1], [1, 0.1, 0.2], [2, 0.1, 0.2]]
+    assert len(sweep.points(found, claim)) == 3 + 3 + 2
+    assert len(sweep.points(found, metric)) == 5
+    by_seed, by_budget = sweep.summaries(found)
+    assert [row["value"] for row in by_seed["rows"]] == [0, 1, 2]
+    assert by_budget["rows"][0]["cells"][0] == "0.167 (0.100 to 0.200)"
+    assert by_budget["rows"][2]["runs"] == 2
 
 
 def test_a_broken_sweep_is_left_out(swept):
@@ -431,10 +461,10 @@ def test_sweep_plots_follow_the_choice(tab, out, top, swept):
     tab.goto((index.parent / "sweeps" / "nacl--first.html").as_uri())
     tab.wait_for_selector("figure.sweep-plot[data-drawn] svg.main-svg")
     assert "1 of 6 runs have no value" in tab.inner_text("#pick-note")
-    means = "document.querySelector('figure.sweep-plot').data.filter(t => t.mode === 'lines+markers').map(t => t.y)"
-    assert tab.evaluate(f"{means}[0].map(v => Math.round(v * 1000))") == [150, 250, 400]
+    means = "document.querySelectorAll('figure.sweep-plot')[1].data.filter(t => t.mode === 'lines+markers').map(t => t.y)"
+    assert tab.evaluate(f"{means}[0].map(v => Math.round(v * 1000))") == [167, 267, 450]
     tab.select_option("#apart", label="seed")
-    assert tab.evaluate(f"{means}.length") == 2
+    assert tab.evaluate(f"{means}.length") == 3
     tab.select_option("#measure", label="seconds")
     tab.wait_for_function("document.querySelector('figure.sweep-plot').dataset.drawn === '2'")
     assert tab.evaluate(f"{means}[0]") == [60.5, 60.5, 60.5]

@@ -42,7 +42,8 @@ def write(
     found = sweep.find(*(map(Path, sweeps) if sweeps is not None else (out, out.parent / "sweeps")))
     site.copy_plotly()
     site.put("assets/site.css", pages.asset("site.css") + "\n" + render.highlight_css() + "\n")
-    site.put("assets/site.js", pages.asset("site.js"))
+    tones = json.dumps(pages.tones(), separators=(",", ":"))
+    site.put("assets/site.js", f"window.labkitTones = {tones};\n" + pages.asset("site.js"))
     thumbnails: dict[str, str] = {}
     sizes: dict[str, list[dict[str, Any]]] = {}
     lines: list[dict[str, str]] = []

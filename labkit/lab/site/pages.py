@@ -57,6 +57,25 @@ def _templates() -> Any:
     return environment
 
 
+def tones() -> dict[str, str]:
+    """What the figures' colours become on a dark page: neutrals change places, colours grow lighter.
+
+    >>> tones()["#24292f"], tones()["#0072b2"] != "#0072b2"
+    ('#e6ebf1', True)
+    """
+    from labkit.lab.figures import look
+
+    lighter = {colour: look.mix(colour, "#FFFFFF", 0.3) for colour in look.COLOURS}
+    lighter |= {"#5B4A9C": "#A99BE0", "#4D4D4D": "#B9C2CC", "#0072B2": "#56B4E9", "#56B4E9": "#9AD2F5"}
+    found = {look.ink(colour): light for colour, light in lighter.items()} | lighter
+    found |= {
+        look.INK: "#E6EBF1", look.FAINT: "#9AA8B8", look.RULE: "#2B3542", look.QUIET: "#8A96A5",
+        "#B6BDC4": "#465260", "#D0D7DE": "#3A4654", "#FFFFFF": "#11161D",
+        "#B3470A": "#F0935A", "#667080": "#8A96A5",
+    }  # fmt: skip
+    return {name.lower(): value.lower() for name, value in found.items()}
+
+
 def _fill(template: str, here: str, root: str, **values: Any) -> str:
     written = datetime.now(UTC).strftime("%Y-%m-%d")
     text: str = _templates().get_template(template).render(here=here, root=root, written=written, **values)
@@ -177,7 +196,9 @@ def one_sweep(found: sweep.Sweep) -> str:
     """The page of one sweep."""
     # `<` in a script element could end it.
     data = json.dumps(sweep.payload(found), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    facts = [("runs", len(found.table)), *found.fixed.items(), ("made", board.day(found.created))]
+    fixed = {name: value for name, value in found.fixed.items() if name != "device"}
+    facts = [("runs", len(found.table)), *fixed.items(), *found.machines.items()]
+    facts.append(("made", board.day(found.created)))
     facts += [(state, number) for state, number in found.states.items() if state != "ok"]
     return _fill(
         "sweep.html.j2",
@@ -188,6 +209,7 @@ def one_sweep(found: sweep.Sweep) -> str:
         facts=facts,
         summaries=sweep.summaries(found),
         runs=sweep.runs(found),
+        exploratory=found.exploratory,
     )
 
 

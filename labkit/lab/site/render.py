@@ -53,6 +53,10 @@ def plain(markup: str) -> str:
     'a < b'
     """
     text = re.sub(r"<(script|style|math)\b.*?</\1>", " ", markup, flags=re.DOTALL)
+    # Code is one span a token: without the tags alone it stays as it is written.
+    text = re.sub(
+        r"<pre\b.*?</pre>", lambda found: re.sub(r"<[^>]+>", "", found[0]) + " ", text, flags=re.DOTALL
+    )
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,23 @@ class Sweep:
         return f"sweeps/{self.slug}--{self.name}.html"
 
     @property
+    def machines(self) -> dict[str, str]:
+        """Devices, hosts and torch versions that the runs had."""
+        columns = {"device": "env.gpu" if "env.gpu" in self.table else "env.device", "host": "env.host"}
+        return {
+            label: ", ".join(sorted(map(str, self.table[column].dropna().unique())))
+            for label, column in {**columns, "torch": "env.torch"}.items()
+            if column in self.table and self.table[column].notna().any()
+        }
+
+    @property
+    def exploratory(self) -> int:
+        """How many runs turn a knob away from the setting that the thresholds were fixed for."""
+        if "exploratory" not in self.table:
+            return 0
+        return int((self.table["exploratory"].astype(str) == "True").sum())
+
+    @property
     def states(self) -> dict[str, int]:
         """How many runs ended how."""
         if "status" not in self.table:
@@ -74,7 +91,7 @@ class Sweep:
 
 
 def find(*places: Path) -> list[Sweep]:
-    """All readable sweeps under the folders, newest first; each folder is looked at three levels deep."""
+    """All readable sweeps under the folders, newest first; each folder is looked at two levels deep."""
     folders: dict[Path, None] = {}
     for place in places:
         for pattern in ("sweep.json", "*/sweep.json", "*/*/sweep.json"):
@@ -90,20 +107,18 @@ def read(folder: Path) -> Sweep | None:
     try:
         head = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         table = pd.read_csv(folder / "table.csv")
-        slug = str(head["slug"])
+        slug, names = str(head["slug"]), list(head["parameters"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     paper = papers.load(slug) if slug in papers.slugs() else None
-    grid = head.get("grid", {})
-    names = [*(grid if isinstance(grid, Mapping) else {}), *(paper.check({}) if paper else {})]
-    own = [name for name in dict.fromkeys(names) if name in table.columns]
+    own = [name for name in names if name in table.columns]
     varied = [name for name in own if table[name].nunique(dropna=True) > 1]
     fixed = {
         name: table[name].dropna().iloc[0] for name in own if name not in varied and table[name].notna().any()
     }
     size = str(fixed.get("size", ""))
     return Sweep(
-        folder, slug, str(head.get("created", "")), table, varied, fixed, list(_measures(table, paper, size))
+        folder, slug, str(head.get("started", "")), table, varied, fixed, list(_measures(table, paper, size))
     )
 
 
@@ -115,7 +130,7 @@ def _measures(table: pd.DataFrame, paper: papers.Paper | None, size: str) -> Ite
         numeric = is_numeric_dtype(table[column]) and not is_bool_dtype(table[column])
         if not numeric or not table[column].notna().any():
             continue
-        if kind == "claim" and not name.endswith((".low", ".high", ".verdict")):
+        if kind == "claim" and not name.endswith((".low", ".high", ".verdict", ".values")):
             known = next((claim for claim in paper.claims if claim.id == name), None) if paper else None
             threshold = known.threshold.get(size) if known else None
             yield Measure(
@@ -128,44 +143,62 @@ def _measures(table: pd.DataFrame, paper: papers.Paper | None, size: str) -> Ite
             yield Measure(column, label, "cost")
 
 
+def points(sweep: Sweep, measure: Measure) -> list[list[Any]]:
+    """What was measured, each as the values of the varied parameters and then the number itself.
+
+    A claim has one point per seed where the table tells them, each seed of a setting once: a run takes several seeds
+    from its first one on, so two runs may share some. Anything else has one point per run.
+    """
+    values = f"{measure.column}.values"
+    per_seed = measure.kind == "claim" and values in sweep.table
+    found: dict[str, list[Any]] = {}
+    for number, row in enumerate(sweep.table.to_dict("records")):
+        if per_seed:
+            given = _listed(row[values])
+            first = row.get("seed")
+            for index, value in enumerate(given):
+                own = {**row, "seed": int(first) + index} if isinstance(first, int | float) else row
+                at = [_plain(own[name]) for name in sweep.parameters]
+                # The very seed tells points of one setting apart also where the first seed does not vary.
+                found.setdefault(json.dumps([at, own.get("seed", number)]), [*at, _plain(value)])
+        else:
+            value = _plain(row[measure.column])
+            if value is not None:
+                found[str(number)] = [*(_plain(row[name]) for name in sweep.parameters), value]
+    return list(found.values())
+
+
+def _listed(cell: Any) -> list[float]:
+    """Values per seed, which a CSV file holds as JSON."""
+    try:
+        given = json.loads(cell) if isinstance(cell, str) else []
+    except ValueError:
+        return []
+    return [value for value in given if isinstance(value, int | float)] if isinstance(given, list) else []
+
+
 def payload(sweep: Sweep) -> dict[str, Any]:
-    """What the page's script draws from: parameters, measures, and one list of values a run."""
+    """What the page's script draws from: names of the parameters, and the points of every measure."""
     return {
-        "parameters": [
-            {"name": name, "values": _values(sweep.table[name].dropna().unique())}
-            for name in sweep.parameters
-        ],
+        "parameters": sweep.parameters,
+        "runs": len(sweep.table),
         "measures": [
             {
                 "label": measure.label,
-                "kind": measure.kind,
                 "threshold": measure.threshold,
                 "direction": measure.direction,
+                "missing": int(sweep.table[measure.column].isna().sum()),
+                "points": points(sweep, measure),
             }
             for measure in sweep.measures
         ],
-        "rows": [
-            {
-                "at": [_plain(row[name]) for name in sweep.parameters],
-                "got": [_plain(row[measure.column]) for measure in sweep.measures],
-            }
-            for row in sweep.table.to_dict("records")
-        ],
     }
-
-
-def _values(values: Iterable[Any]) -> list[Any]:
-    plain = [_plain(value) for value in values]
-    numeric = all(isinstance(value, int | float) for value in plain)
-    return sorted(plain) if numeric else sorted(plain, key=str)
 
 
 def _plain(value: Any) -> Any:
     """A value for JSON: Python's own types, numbers rounded, None for what is missing."""
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int):
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return rounded(value, 6) if math.isfinite(value) else None
@@ -173,14 +206,20 @@ def _plain(value: Any) -> Any:
 
 
 def summaries(sweep: Sweep) -> list[dict[str, Any]]:
-    """For each parameter a table in words: rows are its values, cells mean and range over all other runs."""
+    """For each parameter a table in words: rows are its values, cells mean and range over all points."""
+    measured = [points(sweep, measure) for measure in sweep.measures]
     found = []
-    for name in sweep.parameters:
-        groups = sweep.table.groupby(name, sort=True)
-        rows = []
-        for value, part in groups:
-            cells = [_cell(part[measure.column].dropna().tolist()) for measure in sweep.measures]
-            rows.append({"value": _plain(value), "runs": len(part), "cells": cells})
+    for index, name in enumerate(sweep.parameters):
+        given = {point[index] for part in measured for point in part if point[index] is not None}
+        numeric = all(isinstance(value, int | float) for value in given)
+        rows = [
+            {
+                "value": value,
+                "runs": int((sweep.table[name] == value).sum()),
+                "cells": [_cell([point[-1] for point in part if point[index] == value]) for part in measured],
+            }
+            for value in (sorted(given) if numeric else sorted(given, key=str))
+        ]
         found.append({"name": name, "rows": rows})
     return found
 

@@ -6,17 +6,14 @@
 
   // ------------------------------------------------------------------ light and dark
   // Figures carry the colours of a white page; on a dark one their neutral tones change places.
-  const DARK = {
-    "#24292f": "#e6ebf1", "#57606a": "#9aa8b8", "#e7eaed": "#2b3542", "#b6bdc4": "#465260", "#d0d7de": "#3a4654",
-    "#ffffff": "#11161d", "#9aa1a9": "#8a96a5", "#0072b2": "#56b4e9", "#5b4a9c": "#a99be0", "#4d4d4d": "#b9c2cc",
-    "#b3470a": "#f0935a", "#a64a00": "#f0935a", "#667080": "#8a96a5",
-  };
+  const tones = window.labkitTones || {};
   const dark = () => html.dataset.theme === "dark";
   function toned(text) {
     if (!dark()) return text;
     return text
-      .replace(/#[0-9a-f]{6}\b/gi, (found) => DARK[found.toLowerCase()] || found)
+      .replace(/#[0-9a-f]{6}\b/gi, (found) => tones[found.toLowerCase()] || found)
       .replace(/"white"/g, '"#11161d"')
+      .replace(/rgba\(255,\s*255,\s*255,/g, "rgba(17,22,29,")
       .replace(/rgba\(0,\s*114,\s*178,/g, "rgba(86,180,233,");
   }
   $("theme").addEventListener("click", function () {
@@ -39,7 +36,7 @@
     const layout = Object.assign({}, spec.layout, { autosize: true });
     delete layout.width;
     if (dark()) Object.assign(layout, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" });
-    if (narrow) fit(layout, figure.clientWidth);
+    if (narrow) fit(spec, layout, figure.clientWidth);
     const config = Object.assign({ responsive: true, displaylogo: false }, spec.config, { plotlyServerURL: "" });
     if (narrow) config.displayModeBar = false;
     Plotly.purge(place);
@@ -48,20 +45,38 @@
       figure.dataset.drawn = html.dataset.theme;
     });
   }
-  // A title that is wider than a phone is broken into lines instead of being cut.
-  function fit(layout, width) {
+  // On a phone a title is broken into lines instead of being cut, and names at the ends of curves become a legend.
+  function fit(spec, layout, width) {
     const title = typeof layout.title === "string" ? { text: layout.title } : Object.assign({}, layout.title);
+    const margin = Object.assign({ t: 84, b: 64 }, layout.margin, { l: 48, r: 12 });
     if (title.text) {
-      const room = Math.max(18, Math.floor((width - 30) / 7.6));
+      const room = Math.max(18, Math.floor((width - 24) / 8.4));
+      const before = title.text.split(/<br\s*\/?>/).length;
       const parts = title.text.split(/<br\s*\/?>/);
-      if (!/[<>]/.test(parts[0])) parts[0] = wrapped(parts[0], room);
+      const bold = /^<b>([^<>]*)<\/b>$/.exec(parts[0]);
+      const words = bold ? bold[1] : parts[0];
+      if (!/[<>]/.test(words)) parts[0] = wrapped(words, room).split("<br>").map((line) => bold ? "<b>" + line + "</b>" : line).join("<br>");
       title.text = parts.join("<br>");
       title.font = Object.assign({}, title.font, { size: 15 });
-      title.x = 0.02; title.xref = "container";
-      const lines = title.text.split("<br>").length;
-      layout.margin = Object.assign({}, layout.margin, { t: Math.max((layout.margin || {}).t || 84, 60 + 20 * lines), l: 48, r: 12 });
+      Object.assign(title, { x: 0.02, xref: "container" });
+      margin.t += 20 * (title.text.split("<br>").length - before);
       layout.title = title;
     }
+    const named = (note) => note.name === "end";
+    if ((layout.annotations || []).some(named)) {
+      layout.annotations = layout.annotations.filter((note) => !named(note));
+      const lines = spec.data.filter((trace) => trace.name && trace.hoverinfo !== "skip");
+      lines.forEach((trace) => { if (trace.showlegend !== false) trace.showlegend = true; });
+      (spec.frames || []).forEach((frame) => {
+        if (frame.layout && frame.layout.annotations) frame.layout.annotations = frame.layout.annotations.filter((note) => !named(note));
+      });
+      const rows = Math.ceil(lines.length / 2);
+      layout.showlegend = true;
+      layout.legend = Object.assign({}, layout.legend, { orientation: "h", x: 0, xanchor: "left", xref: "container", y: 0, yref: "container", yanchor: "bottom", font: { size: 12 } });
+      margin.b += 22 * rows;
+      layout.height = (layout.height || 420) + 22 * rows;
+    }
+    layout.margin = margin;
   }
   function wrapped(text, room) {
     const lines = [""];
@@ -260,28 +275,30 @@
     const night = ["#56b4e9", "#f0935a", "#3cc79c", "#e0a0c4", "#f0b84a", "#9ad2f5", "#a99be0", "#b9c2cc"];
     const shapes = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"];
     const faded = (colour, share) => "rgba(" + [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)).join(",") + "," + share + ")";
+    const sorted = (values) => values.every((value) => typeof value === "number") ? values.sort((a, b) => a - b) : values.sort();
     function paint() {
       const m = Number(measure.value);
       const what = data.measures[m];
-      const missing = data.rows.filter((row) => row.got[m] === null).length;
       const notes = [];
       if (what.threshold !== null) notes.push("registered: " + (what.direction === ">=" ? "at least " : "at most ") + what.threshold);
-      if (missing) notes.push(missing + " of " + data.rows.length + " runs have no value");
+      if (what.missing) notes.push(what.missing + " of " + data.runs + " runs have no value");
       $("pick-note").textContent = notes.join(" · ");
       document.querySelectorAll(".sweep-plot").forEach(function (figure) {
         const p = Number(figure.dataset.parameter);
-        const own = data.parameters[p];
-        const numeric = own.values.every((value) => typeof value === "number");
+        const label = data.parameters[p];
+        const points = what.points.filter((point) => point[p] !== null);
+        const values = sorted([...new Set(points.map((point) => point[p]))]);
+        const numeric = values.every((value) => typeof value === "number");
         const by = apart.value === "" || Number(apart.value) === p ? null : Number(apart.value);
-        const lines = by === null ? [null] : data.parameters[by].values;
+        const lines = by === null ? [null] : sorted([...new Set(points.map((point) => point[by]))]);
         const traces = [];
         lines.forEach(function (line, i) {
           const colour = (dark() ? night : light)[i % 8];
-          const rows = data.rows.filter((row) => row.got[m] !== null && row.at[p] !== null && (by === null || row.at[by] === line));
-          const name = by === null ? "mean" : data.parameters[by].name + " " + line;
+          const own = by === null ? points : points.filter((point) => point[by] === line);
+          const name = by === null ? "mean" : data.parameters[by] + " " + line;
           const x = []; const mean = []; const low = []; const high = [];
-          for (const value of own.values) {
-            const got = rows.filter((row) => row.at[p] === value).map((row) => row.got[m]);
+          for (const value of values) {
+            const got = own.filter((point) => point[p] === value).map((point) => point[point.length - 1]);
             if (!got.length) continue;
             x.push(numeric ? value : String(value));
             mean.push(got.reduce((a, b) => a + b, 0) / got.length);
@@ -290,18 +307,18 @@
           }
           const common = { legendgroup: name, hoverinfo: "skip", showlegend: false };
           if (x.length > 1) traces.push(Object.assign({ x: x.concat(x.slice().reverse()), y: high.concat(low.slice().reverse()), fill: "toself", fillcolor: faded(colour, 0.16), line: { width: 0 }, mode: "lines" }, common));
-          traces.push(Object.assign({ x: rows.map((row) => numeric ? row.at[p] : String(row.at[p])), y: rows.map((row) => row.got[m]), mode: "markers", marker: { color: faded(colour, 0.4), size: 5, symbol: shapes[i % 8] } }, common));
-          traces.push({ x: x, y: mean, mode: "lines+markers", name: name, legendgroup: name, showlegend: by !== null, line: { color: colour, width: 2.5 }, marker: { color: colour, size: 8, symbol: shapes[i % 8] }, customdata: x.map((_, k) => [low[k], high[k]]), hovertemplate: own.name + " %{x}<br>" + "%{y:.4~g} (%{customdata[0]:.4~g} to %{customdata[1]:.4~g})<extra>" + name + "</extra>" });
+          traces.push(Object.assign({ x: own.map((point) => numeric ? point[p] : String(point[p])), y: own.map((point) => point[point.length - 1]), mode: "markers", marker: { color: faded(colour, 0.4), size: 5, symbol: shapes[i % 8] } }, common));
+          traces.push({ x: x, y: mean, mode: "lines+markers", name: name, legendgroup: name, showlegend: by !== null, line: { color: colour, width: 2.5 }, marker: { color: colour, size: 8, symbol: shapes[i % 8] }, customdata: x.map((_, k) => [low[k], high[k]]), hovertemplate: label + " %{x}<br>" + "%{y:.4~g} (%{customdata[0]:.4~g} to %{customdata[1]:.4~g})<extra>" + name + "</extra>" });
         });
         const ink = dark() ? "#e6ebf1" : "#16202c"; const soft = dark() ? "#9aa8b8" : "#536172"; const rule = dark() ? "#2b3542" : "#dbe2e8";
         const axis = { automargin: true, gridcolor: rule, linecolor: rule, showline: true, zeroline: false, tickfont: { size: 13, color: soft }, ticks: "outside", tickcolor: rule };
-        const positive = numeric && own.values.every((value) => value > 0) && own.values.length > 2;
-        const wide = positive && own.values[own.values.length - 1] / own.values[0] >= 8;
+        const positive = numeric && values.every((value) => value > 0) && values.length > 2;
+        const wide = positive && values[values.length - 1] / values[0] >= 8;
         const layout = {
           height: 340, autosize: true, margin: { l: 56, r: 16, t: by === null ? 16 : 44, b: 52 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
           font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: ink },
           hoverlabel: { bgcolor: dark() ? "#19202a" : "#ffffff", bordercolor: rule, font: { color: ink, size: 13 }, align: "left" },
-          xaxis: Object.assign({}, axis, { showgrid: false, title: { text: own.name, font: { size: 13, color: soft } }, type: wide ? "log" : numeric ? "linear" : "category" }, numeric && own.values.length <= 10 ? { tickvals: own.values, ticktext: own.values.map(String) } : {}),
+          xaxis: Object.assign({}, axis, { showgrid: false, title: { text: label, font: { size: 13, color: soft } }, type: wide ? "log" : numeric ? "linear" : "category" }, numeric && values.length <= 8 ? { tickvals: values, ticktext: values.map(String) } : {}),
           yaxis: Object.assign({}, axis, { nticks: 6 }),
           legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
           shapes: [],
