@@ -16,7 +16,7 @@ from typing import Any
 from labkit import papers
 from labkit.lab import cache, claims, notebook, project
 
-BEGIN, END = "<!-- gallery -->", "<!-- end of gallery -->"
+BEGIN, END = "<!-- gallery: written by `labkit refresh` -->", "<!-- end of gallery -->"
 #: The notebook that shows the collection.
 INDEX = "notebooks/index.ipynb"
 #: Verdicts in the order in which they are counted, each with its sign.
@@ -227,17 +227,13 @@ def markdown(base: str = "") -> str:
     base : str
         Folder of the repository that the text stands in.
     """
-    lines = ["| paper | what you can drag | verdicts | open |", "| --- | --- | --- | --- |"]
+    lines = ["| paper | what you can drag | claims at laptop size | open |", "| --- | --- | --- | --- |"]
     for entry in entries():
         paper = entry.paper
+        title, drag = (text.replace("|", "\\|") for text in (paper.title, paper.drag))
+        counts = ", ".join(f"{count} {name}" for name, count in entry.counts.items())
         opened = f"[notebook]({entry.link(base)})" if entry.path else "–"
-        title = paper.title.replace("|", "\\|")
-        drag = paper.drag.replace("|", "\\|")
-        lines.append(
-            f"| **{paper.slug}** · {title} ([arXiv]({paper.url})) | {drag} "
-            f"| {entry.state.replace('  ', ' · ')} | {opened} |"
-        )
-    lines += ["", "✓ reproduced, ✗ not reproduced, – untestable at the size of the committed run."]
+        lines.append(f"| [{title}]({paper.url}) | {drag} | {counts or entry.state} | {opened} |")
     return "\n".join(lines)
 
 

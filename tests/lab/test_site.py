@@ -100,6 +100,8 @@ def top(tmp_path, monkeypatch):
         "code_hash": notebook.code_hash(nb), "date": "2026-01-01", "device": "cpu", "seed": 0,
     }  # fmt: skip
     nbformat.write(nb, top / "notebooks" / "kv" / "nacl.ipynb")
+    results = top / "benchmarks" / "results" / "nacl.jsonl"
+    results.write_text("".join(json.dumps(_point(shape=f"S={n}")) + "\n" for n in (4, 8)))
     return top
 
 
@@ -286,7 +288,7 @@ def test_settings_are_read_without_running():
 
 def test_sweep_knows_what_varies_and_what_was_measured(swept):
     (found,) = sweep.find(swept.parent)
-    assert found.parameters == ["seed", "budget"]
+    assert found.parameters == ["budget", "seed"]
     assert found.fixed == {"size": "laptop", "device": "auto"}
     assert [measure.kind for measure in found.measures] == ["claim", "metric", "cost", "cost"]
     registered = next(item for item in papers.load("nacl").claims if item.id == "chance-helps")
@@ -303,11 +305,11 @@ def test_a_seed_that_two_runs_share_counts_once(swept):
     (found,) = sweep.find(swept.parent)
     claim, metric = found.measures[:2]
     # Seeds 0 and 1 of one run, 1 and 2 of the next: three points; the last setting has one run alone.
-    at_least = [point for point in sweep.points(found, claim) if point[1] == 0.1]
-    assert at_least == [[0, 0.1, 0.1], [1, 0.1, 0.2], [2, 0.1, 0.2]]
+    lowest = [point for point in sweep.points(found, claim) if point[0] == 0.1]
+    assert lowest == [[0.1, 0, 0.1], [0.1, 1, 0.2], [0.1, 2, 0.2]]
     assert len(sweep.points(found, claim)) == 3 + 3 + 2
     assert len(sweep.points(found, metric)) == 5
-    by_seed, by_budget = sweep.summaries(found)
+    by_budget, by_seed = sweep.summaries(found)
     assert [row["value"] for row in by_seed["rows"]] == [0, 1, 2]
     assert by_budget["rows"][0]["cells"][0] == "0.167 (0.100 to 0.200)"
     assert by_budget["rows"][2]["runs"] == 2
@@ -461,7 +463,7 @@ def test_sweep_plots_follow_the_choice(tab, out, top, swept):
     tab.goto((index.parent / "sweeps" / "nacl--first.html").as_uri())
     tab.wait_for_selector("figure.sweep-plot[data-drawn] svg.main-svg")
     assert "1 of 6 runs have no value" in tab.inner_text("#pick-note")
-    means = "document.querySelectorAll('figure.sweep-plot')[1].data.filter(t => t.mode === 'lines+markers').map(t => t.y)"
+    means = "document.querySelector('figure.sweep-plot').data.filter(t => t.mode === 'lines+markers').map(t => t.y)"
     assert tab.evaluate(f"{means}[0].map(v => Math.round(v * 1000))") == [167, 267, 450]
     tab.select_option("#apart", label="seed")
     assert tab.evaluate(f"{means}.length") == 3

@@ -71,7 +71,7 @@ def tones() -> dict[str, str]:
     found |= {
         look.INK: "#E6EBF1", look.FAINT: "#9AA8B8", look.RULE: "#2B3542", look.QUIET: "#8A96A5",
         "#B6BDC4": "#465260", "#D0D7DE": "#3A4654", "#FFFFFF": "#11161D",
-        "#B3470A": "#F0935A", "#667080": "#8A96A5",
+        "#EDEFF2": "#232C38", "#F4F7FA": "#161D27", "#F7F7F7": "#1C2430", "#B3470A": "#F0935A", "#667080": "#8A96A5",
     }  # fmt: skip
     return {name.lower(): value.lower() for name, value in found.items()}
 

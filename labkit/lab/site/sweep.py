@@ -111,7 +111,8 @@ def read(folder: Path) -> Sweep | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     paper = papers.load(slug) if slug in papers.slugs() else None
-    own = [name for name in names if name in table.columns]
+    # The paper's own knobs first: the seed is what one averages over.
+    own = sorted((name for name in names if name in table.columns), key=lambda name: name == "seed")
     varied = [name for name in own if table[name].nunique(dropna=True) > 1]
     fixed = {
         name: table[name].dropna().iloc[0] for name in own if name not in varied and table[name].notna().any()

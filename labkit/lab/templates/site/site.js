@@ -63,18 +63,25 @@
       layout.title = title;
     }
     const named = (note) => note.name === "end";
-    if ((layout.annotations || []).some(named)) {
+    const ends = (layout.annotations || []).some(named);
+    const lines = spec.data.filter((trace) => trace.name && trace.hoverinfo !== "skip" && trace.showlegend !== false);
+    if (ends) {
       layout.annotations = layout.annotations.filter((note) => !named(note));
-      const lines = spec.data.filter((trace) => trace.name && trace.hoverinfo !== "skip");
-      lines.forEach((trace) => { if (trace.showlegend !== false) trace.showlegend = true; });
       (spec.frames || []).forEach((frame) => {
         if (frame.layout && frame.layout.annotations) frame.layout.annotations = frame.layout.annotations.filter((note) => !named(note));
       });
-      const rows = Math.ceil(lines.length / 2);
+      lines.forEach((trace) => { trace.showlegend = true; });
+    }
+    if (ends || (lines.length > 1 && layout.showlegend !== false)) {
+      const longest = Math.max(...lines.map((trace) => trace.name.replace(/<[^>]*>/g, "").length));
+      const rows = Math.ceil(lines.length / Math.max(1, Math.floor(width / (longest * 6.7 + 52))));
+      const head = 22 + 20 * (title.text || "").split("<br>").length;
+      const noted = (layout.annotations || []).some((note) => note.yref === "paper" && note.y >= 1);
+      const old = margin.t;
+      margin.t = head + 20 * rows + (noted ? 30 : 12);
+      layout.height = (layout.height || 420) + Math.max(0, margin.t - old);
       layout.showlegend = true;
-      layout.legend = Object.assign({}, layout.legend, { orientation: "h", x: 0, xanchor: "left", xref: "container", y: 0, yref: "container", yanchor: "bottom", font: { size: 12 } });
-      margin.b += 22 * rows;
-      layout.height = (layout.height || 420) + 22 * rows;
+      layout.legend = Object.assign({}, layout.legend, { orientation: "h", x: 0.02, xanchor: "left", xref: "container", y: 1 - head / layout.height, yanchor: "top", yref: "container", font: { size: 12 } });
     }
     layout.margin = margin;
   }
