@@ -24,8 +24,9 @@ from labkit.lab import notebook, project
 TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
-        "check", "cli", "doctor", "engines", "fingerprint", "grid", "hygiene", "listing", "live", "notebook",
-        "project", "refresh", "report", "runner", "scaffold", "spacing", "sweeps", "tables", "worker",
+        "benchmarks", "check", "cli", "doctor", "engines", "fingerprint", "gallery", "grid", "hygiene", "listing",
+        "live", "notebook", "project", "refresh", "report", "runner", "scaffold", "site", "spacing", "sweeps",
+        "tables", "worker",
     )
 )  # fmt: skip
 
@@ -124,7 +125,7 @@ def _counts(path: Path, top: Path) -> bool:
         return path.name == "__init__.py"
     if relative.parts[:3] == ("labkit", "lab", "templates"):
         return False
-    return ".".join(relative.parts) not in TOOLS
+    return ".".join(relative.parts[:3]) not in TOOLS
 
 
 def versions() -> dict[str, str]:
