@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "gallery": [],
         "progress": [],
         "session": ["Run", "environment", "start"],
+        "sweeps": ["sweep"],
         "widgets": [],
     },
 )

@@ -170,6 +170,94 @@ def _all_with_notebook() -> list[str]:
 
 
 @app.command()
+def sweep(
+    slug: Annotated[
+        str | None, typer.Argument(help="Paper or notebook; with --resume, that of --out.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="name=values, such as seed=0:5 or budget=0.1,0.2."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--grid", "-g", help="YAML file of names and values.")] = None,
+    in_step: Annotated[
+        bool, typer.Option("--zip", help="Values go in step instead of being crossed.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time here [cores, as memory allows].")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="Run on a dask.distributed scheduler, tcp://HOST:PORT.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the sweep [build/sweeps/SLUG-...].")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is there, make what is missing.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: make failed runs again, too.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", "--force", help="Make all runs anew.")] = False,
+    timeout: Annotated[float | None, typer.Option("--timeout", min=1, help="Seconds per run.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Memory per run, such as 800MB or 2GB.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a run that was killed is begun again.")
+    ] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, start none.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run one notebook over a grid of parameters, and gather one table."""
+    from labkit.lab import grid, project, sweeps
+
+    texts = _given(parameter or [])
+    grids: list[dict[str, Any]]
+    if slug is None:
+        if not (resume and out) or texts or file:
+            raise ValueError("name a paper or a notebook; only --resume --out FOLDER knows them by itself")
+        slug, grids = sweeps.recall(out)
+    else:
+        paper, path = project.resolve(slug)
+        known, owner = grid.defaults(paper, path), paper.slug if paper else path.name
+        grids = grid.read(file, known, owner) if file else [{}]
+        grids = [{**block, **grid.from_text(texts, known, owner)} for block in grids]
+        if not any(grids):
+            raise ValueError("a sweep needs a grid: -p name=a,b,c or name=a:b:step, or --grid FILE")
+    if dry_run:
+        what = sweeps.plan(slug, grids, zip=in_step, out=out)
+        if as_json:
+            _show([{"run": run.key, **run.parameters} for run in what.runs])
+        else:
+            for run in what.runs:
+                print(run.key)
+            print(f"{len(what.runs)} runs of {what.slug}, into {what.folder}")
+        return
+    limit = None if memory is None else sweeps.megabytes(memory)
+    table = sweeps.sweep(
+        slug,
+        grids,
+        zip=in_step,
+        jobs=jobs,
+        scheduler=scheduler,
+        out=out,
+        resume=resume,
+        retry_failed=retry_failed,
+        fresh=fresh,
+        timeout=timeout,
+        memory=limit,
+        retries=retries,
+        progress=False if as_json else None,
+    )
+    if as_json:
+        print(table.to_json(orient="records", indent=1))
+    else:
+        sweeps.show(table)
+    if not (table["status"] == "ok").all():
+        raise typer.Exit(1)
+
+
+@app.command()
 def refresh(
     slugs: Annotated[list[str], typer.Argument(help="Papers; `index` for the gallery alone.")],
     timeout: Annotated[float | None, typer.Option("--timeout", min=1, help="Seconds per run.")] = None,

@@ -24,8 +24,9 @@ from labkit.lab import notebook, project
 TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
-        "benchmarks", "check", "cli", "doctor", "fingerprint", "gallery", "hygiene", "listing", "live", "notebook",
-        "project", "refresh", "report", "runner", "scaffold", "site", "spacing", "worker",
+        "benchmarks", "check", "cli", "doctor", "engines", "fingerprint", "gallery", "grid", "hygiene", "listing",
+        "live", "notebook", "project", "refresh", "report", "runner", "scaffold", "site", "spacing", "sweeps",
+        "tables", "worker",
     )
 )  # fmt: skip
 
@@ -138,7 +139,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def of_run(nb: Any, parameters: Mapping[str, Any], paper: papers.Paper | None) -> str:
+def files(nb: Any, paper: papers.Paper | None) -> list[tuple[str, str]]:
+    """Files of labkit that a notebook depends on: path in the package, and hash of the content.
+
+    The same for every run of the notebook, whatever its parameters.
+    """
+    top = project.package_folder()
+    found = closure(_parsable(cell.source for cell in notebook.code_cells(nb)), top)
+    if paper is not None:
+        found.append(top / "papers" / f"{paper.slug}.toml")
+    return [(str(path.relative_to(top)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in found]
+
+
+def of_run(
+    nb: Any,
+    parameters: Mapping[str, Any],
+    paper: papers.Paper | None,
+    reached: Iterable[tuple[str, str]] | None = None,
+) -> str:
     """Fingerprint of a run.
 
     Parameters
@@ -149,26 +167,21 @@ def of_run(nb: Any, parameters: Mapping[str, Any], paper: papers.Paper | None) -
         All parameters, defaults filled in.
     paper : Paper or None
         Registry entry, whose file enters the hash.
+    reached : iterable, optional
+        What :func:`files` gives for this notebook, where it is known already.
 
     Returns
     -------
     str
         Thirty-two hexadecimal digits.
     """
-    top = project.package_folder()
-    files = closure(_parsable(cell.source for cell in notebook.code_cells(nb)), top)
-    if paper is not None:
-        files.append(top / "papers" / f"{paper.slug}.toml")
     head = {
         "code": notebook.code_hash(nb),
         "parameters": dict(parameters),
         "versions": versions(),
+        "files": list(files(nb, paper) if reached is None else reached),
     }
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode())
-    for path in files:
-        digest.update(str(path.relative_to(top)).encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _parsable(sources: Iterable[str]) -> Iterable[str]:
