@@ -71,7 +71,7 @@ def _committed(entry: gallery.Entry) -> Column:
     return Column(
         record.get("size", "laptop"),
         record.get("seed", 0),
-        record.get("device", "cpu"),
+        str(record.get("device", "")),
         str(record.get("date", "")),
         "ok",
         {row["id"]: row for row in entry.claims},

@@ -68,6 +68,11 @@ def tones() -> dict[str, str]:
     lighter = {colour: look.mix(colour, "#FFFFFF", 0.3) for colour in look.COLOURS}
     lighter |= {"#5B4A9C": "#A99BE0", "#4D4D4D": "#B9C2CC", "#0072B2": "#56B4E9", "#56B4E9": "#9AD2F5"}
     found = {look.ink(colour): light for colour, light in lighter.items()} | lighter
+    # Bars are their colour in pale, which on a dark page is their colour in dim.
+    found |= {
+        look.mix(colour, "#FFFFFF", 0.55): look.mix(light, "#11161D", 0.5)
+        for colour, light in lighter.items()
+    }
     found |= {
         look.INK: "#E6EBF1", look.FAINT: "#9AA8B8", look.RULE: "#2B3542", look.QUIET: "#8A96A5",
         "#B6BDC4": "#465260", "#D0D7DE": "#3A4654", "#FFFFFF": "#11161D",

@@ -64,7 +64,7 @@
     }
     const named = (note) => note.name === "end";
     const ends = (layout.annotations || []).some(named);
-    const lines = spec.data.filter((trace) => trace.name && trace.hoverinfo !== "skip" && trace.showlegend !== false);
+    const lines = spec.data.filter((trace) => trace.name && trace.showlegend !== false);
     if (ends) {
       layout.annotations = layout.annotations.filter((note) => !named(note));
       (spec.frames || []).forEach((frame) => {
@@ -76,7 +76,7 @@
       const longest = Math.max(...lines.map((trace) => trace.name.replace(/<[^>]*>/g, "").length));
       const rows = Math.ceil(lines.length / Math.max(1, Math.floor(width / (longest * 6.7 + 52))));
       const head = 22 + 20 * (title.text || "").split("<br>").length;
-      const noted = (layout.annotations || []).some((note) => note.yref === "paper" && note.y >= 1);
+      const noted = (layout.annotations || []).length > 0;
       const old = margin.t;
       margin.t = head + 20 * rows + (noted ? 30 : 12);
       layout.height = (layout.height || 420) + Math.max(0, margin.t - old);
