@@ -15,6 +15,7 @@ A script, ``train.py``, that runs as it is under ``python``, ``torchrun`` and ``
         TrainingConfig(steps=1000, accumulate=2, checkpoint_every=100), directory="runs/first",
     )
     loop.run()
+    loop.close()
 
 Killed and started again with the same command, it goes on from the last checkpoint, on the CPU to the bit. Started
 with another number of processes it sees the same batches: the loss curve is the same up to the order of additions,
@@ -339,6 +340,10 @@ class TrainingLoop:
             keep=self.config.keep,
             config=_configuration(self.unwrapped) if main else None,
         )
+
+    def close(self) -> None:
+        """Leave the process group; the last line of a script that runs in several processes."""
+        self.processes.close()
 
     def _schedule(self) -> Any:
         if self.scheduler is None:

@@ -95,6 +95,9 @@ class OneProcess:
         """Loss scaler of fp16 training, or None."""
         return None
 
+    def close(self) -> None:
+        """Wait for the others and leave the process group; the last thing that a script does."""
+
 
 class ManyProcesses(OneProcess):
     """Processes, devices and precision as an `accelerate.Accelerator` sees them.
@@ -184,6 +187,13 @@ class ManyProcesses(OneProcess):
     def scaler(self) -> Any:
         """Loss scaler of fp16 training, or None."""
         return self.accelerator.scaler
+
+    def close(self) -> None:
+        """Wait for the others and leave the process group."""
+        if torch.distributed.is_initialized():
+            # A process that leaves while another is still in its last exchange can abort it (seen with gloo and FSDP2).
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def choose(
