@@ -342,7 +342,11 @@ class TrainingLoop:
         )
 
     def close(self) -> None:
-        """Leave the process group; the last line of a script that runs in several processes."""
+        """Leave the process group; the last line of a script that runs in several processes.
+
+        `unwrapped` stays, and is a whole model unless it was sharded.
+        """
+        self.model = self.unwrapped
         self.processes.close()
 
     def _schedule(self) -> Any:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -190,9 +191,12 @@ class ManyProcesses(OneProcess):
 
     def close(self) -> None:
         """Wait for the others and leave the process group."""
+        self.accelerator.free_memory()  # drops its references to the model: DDP holds on to the group
         if torch.distributed.is_initialized():
-            # A process that leaves while another is still in its last exchange can abort it (seen with gloo and FSDP2).
             torch.distributed.barrier()
+            # gloo's threads let go of the last tensors only after the exchange, and need the interpreter for it. If it
+            # is already shutting down by then the process aborts or hangs; asleep, it lets them finish.
+            time.sleep(0.2)
             torch.distributed.destroy_process_group()
 
 

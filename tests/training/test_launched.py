@@ -25,7 +25,7 @@ def launch(*words: str, kill: bool = False) -> None:
     """Run a launcher with one thread a process; killed runs must fail, others must not."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode != 0) == kill, done.stderr[-4000:]
 
