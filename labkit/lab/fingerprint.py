@@ -25,8 +25,8 @@ TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
         "benchmarks", "check", "cli", "doctor", "engines", "fingerprint", "gallery", "grid", "hygiene", "listing",
-        "live", "notebook", "project", "refresh", "report", "runner", "scaffold", "site", "spacing", "sweeps",
-        "tables", "worker",
+        "live", "notebook", "parameters", "project", "refresh", "report", "result", "runner", "scaffold", "site",
+        "spacing", "sweeps", "tables", "worker",
     )
 )  # fmt: skip
 

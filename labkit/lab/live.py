@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from labkit.lab.runner import RunResult
+    from labkit.lab.result import RunResult
 
 
 class Board:

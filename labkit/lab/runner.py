@@ -9,7 +9,6 @@ on (:mod:`labkit.lab.fingerprint`), by which a later call knows what need not be
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -21,17 +20,38 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from labkit import papers
 from labkit.lab import cache, fingerprint, notebook, project, spacing
+from labkit.lab.parameters import check_parameters, parse_parameters, parse_value, run_key
+from labkit.lab.result import RunResult, load, load_all
+
+__all__ = [
+    "TIMEOUTS",
+    "WORKING",
+    "RunResult",
+    "Stopped",
+    "check_parameters",
+    "environment",
+    "execute",
+    "kill_tree",
+    "load",
+    "load_all",
+    "parse_parameters",
+    "parse_value",
+    "plan",
+    "plan_many",
+    "run_key",
+    "run_many",
+    "stop_all",
+    "sweep_leftovers",
+]
 
 T = TypeVar("T")
 
-SCHEMA = 1
 #: Seconds that a run of each size may take before it is stopped, where the caller names no limit.
 TIMEOUTS: dict[str, float] = {"smoke": 600.0, "laptop": 1200.0, "gpu": 7200.0}
 #: Folder, beside the results, of the runs that are under way.
@@ -42,212 +62,6 @@ _stopped: set[subprocess.Popen[str]] = set()
 
 class Stopped(RuntimeError):
     """The run was ended by :func:`stop_all`; nothing is recorded of it."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What became of one run; the content of its ``run.json``.
-
-    Parameters
-    ----------
-    slug : str
-        The paper, or the stem of the notebook where it is not registered.
-    key : str
-        Name of the run within its paper, such as ``"laptop-seed0"``.
-    directory : Path
-        Folder of the run.
-    status : {"ok", "failed", "timeout", "memory", "died"}
-        A claim that is not reproduced is no failure: the status says whether the notebook ran to its end. With
-        ``"timeout"`` and ``"memory"`` it was stopped at a limit, with ``"died"`` it was killed by something else.
-    parameters : dict
-        All of them, defaults filled in.
-    seconds, peak_memory_mb : float
-        Wall time with the start of the kernel; resident memory of the kernel and what it started.
-    cells : dict
-        ``{"done": int, "total": int}``.
-    error : dict or None
-        Cell, name, message and last lines of the traceback.
-    fingerprint : str
-        Hash of all that the run depends on.
-    verdicts : dict or None
-        Content of ``verdicts.json``, if the notebook wrote one.
-    attempts : int
-        How often the run was begun: more than once if its kernel never answered, or was killed and tried again.
-    limits : dict
-        ``{"timeout": seconds, "memory_mb": megabytes}`` that the run was given, None for no limit.
-    host : str
-        Name of the machine that it ran on.
-    reused : bool
-        Whether an earlier run was taken instead of running. Not stored.
-    """
-
-    slug: str
-    key: str
-    directory: Path
-    status: str
-    parameters: dict[str, Any]
-    seconds: float
-    peak_memory_mb: float
-    cells: dict[str, int]
-    error: dict[str, Any] | None
-    fingerprint: str
-    verdicts: dict[str, Any] | None = None
-    attempts: int = 1
-    started: str = ""
-    finished: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    limits: dict[str, float | None] = field(default_factory=dict)
-    host: str = ""
-    reused: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether the notebook ran to its end."""
-        return self.status == "ok"
-
-    @property
-    def notebook(self) -> Path:
-        """The executed notebook."""
-        return self.directory / f"{self.slug}.ipynb"
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many claims got each verdict."""
-        found: dict[str, int] = {}
-        for claim in (self.verdicts or {}).get("claims", []):
-            found[claim["verdict"]] = found.get(claim["verdict"], 0) + 1
-        return found
-
-    def summary(self) -> str:
-        """The verdicts in a few words, or what went wrong.
-
-        Examples
-        --------
-        >>> from pathlib import Path
-        >>> claims = [{"verdict": "reproduced"}] * 5 + [{"verdict": "not reproduced"}]
-        >>> result = RunResult("nacl", "laptop-seed0", Path(), "ok", {}, 1.0, 1.0, {}, None, "", {"claims": claims})
-        >>> result.summary()
-        '5 reproduced, 1 not'
-        """
-        if not self.ok:
-            error = self.error or {}
-            where = f" in cell {error['cell']}" if error.get("cell") is not None else ""
-            what = f": {error['name']}" if error.get("name") and self.status == "failed" else ""
-            return f"{self.status}{where}{what}"
-        words = {"reproduced": "reproduced", "not reproduced": "not", "untestable here": "untestable"}
-        parts = [f"{self.counts[name]} {word}" for name, word in words.items() if name in self.counts]
-        return ", ".join(parts) or "no claims"
-
-    def record(self) -> dict[str, Any]:
-        """The content of ``run.json``."""
-        values = asdict(self)
-        for name in ("directory", "verdicts", "reused"):
-            del values[name]
-        return {"schema": SCHEMA, **values}
-
-
-def load(directory: Path) -> RunResult | None:
-    """Read a run's folder; None if there is no complete record in it."""
-    try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        if record.pop("schema") != SCHEMA:
-            return None
-        verdicts = directory / "verdicts.json"
-        content = json.loads(verdicts.read_text(encoding="utf-8")) if verdicts.exists() else None
-        return RunResult(directory=directory, verdicts=content, **record)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load_all(out: Path) -> list[RunResult]:
-    """All recorded runs under a folder, by paper and key."""
-    found = (load(path.parent) for path in sorted(out.glob("*/*/run.json")))
-    return [run for run in found if run is not None]
-
-
-def check_parameters(paper: papers.Paper | None, path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a run, checked before a kernel starts.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For a name that the paper's registry entry (or, for an unregistered notebook, its parameters cell) does
-        not have, with the nearest one; for a value that is not allowed.
-    """
-    if paper is not None:
-        return paper.check(parameters)
-    known = notebook.parameters(notebook.read(path))
-    for name, value in parameters.items():
-        if name not in known:
-            raise ValueError(f"{path.name} has no parameter {name!r}; {papers.nearest(name, known)}")
-        wanted = type(known[name])
-        if (
-            known[name] is not None
-            and not isinstance(value, wanted)
-            and not (wanted is float and type(value) is int)
-        ):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; a {wanted.__name__} is wanted")
-    return {**known, **parameters}
-
-
-def parse_parameters(paper: papers.Paper, given: Mapping[str, str]) -> dict[str, Any]:
-    """Turn the text of a command line's ``name=value`` into values of the right type, and check them.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name, with the nearest one, or text that is not a value of the parameter's type.
-    """
-    defaults = paper.check({})
-    values = {}
-    for name, text in given.items():
-        if name not in defaults:
-            raise ValueError(f"{paper.slug} has no parameter {name!r}; {papers.nearest(name, defaults)}")
-        values[name] = parse_value(name, text, type(defaults[name]))
-    paper.check(values)
-    return values
-
-
-def parse_value(name: str, text: str, wanted: type) -> Any:
-    """One value from text, in the type of its parameter; ValueError if it is none."""
-    if wanted is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-    else:
-        with contextlib.suppress(ValueError):
-            return wanted(text)
-    choices = ", 'true' or 'false'" if wanted is bool else ""
-    raise ValueError(f"{name}={text!r} is not {'an' if wanted is int else 'a'} {wanted.__name__}{choices}")
-
-
-def run_key(parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Name of a run's folder: size and seed, then whatever else differs from the defaults.
-
-    Values that can't be part of a file's name, or would make it too long, are given as a short hash.
-
-    Examples
-    --------
-    >>> run_key({"size": "smoke", "seed": 3, "budget": 0.2}, {"size": "laptop", "seed": 0, "budget": 0.2})
-    'smoke-seed3'
-    >>> run_key({"size": "smoke", "seed": 3, "budget": 0.5}, {"size": "laptop", "seed": 0, "budget": 0.2})
-    'smoke-seed3-budget=0.5'
-    """
-    rest = {
-        name: value
-        for name, value in parameters.items()
-        if name not in ("size", "seed") and value != defaults.get(name)
-    }
-    parts = [str(parameters[name]) for name in ("size",) if name in parameters]
-    parts += [f"seed{parameters['seed']}"] if "seed" in parameters else []
-    named = "-".join(f"{name}={value}" for name, value in sorted(rest.items()))
-    if rest and len(named) <= 60 and re.fullmatch(r"[A-Za-z0-9_.+=-]+", named):
-        parts.append(named)
-    elif rest:
-        text = json.dumps(rest, sort_keys=True, default=str)
-        parts.append(hashlib.sha256(text.encode()).hexdigest()[:12])
-    return "-".join(parts) or "default"
 
 
 def environment(size: str, folder: Path) -> dict[str, str]:
