@@ -41,6 +41,7 @@ from torch import nn
 
 from labkit.lab.cache import write_atomic
 from labkit.training import checkpoint as files
+from labkit.training import state as states
 from labkit.training.data import GlobalBatches, map_tensors, mixed_seed
 from labkit.training.processes import ManyProcesses, OneProcess, Precision, choose
 from labkit.training.update import Loss, Step, Weight, updates
@@ -314,7 +315,7 @@ class TrainingLoop:
         if self.directory is None:
             raise ValueError("there is nowhere to save: give the loop a directory")
         main = self.processes.is_main
-        document, moments = files.optimizer_state(self._plain_optimizer, self.unwrapped, main=main)
+        document, moments = states.optimizer_state(self._plain_optimizer, self.unwrapped, main=main)
         beside: dict[str, torch.Tensor] = {}
         scaler = self.processes.scaler()
         training = {
@@ -323,19 +324,19 @@ class TrainingLoop:
             "seed": self.config.seed,
             "config": asdict(self.config),
             "data": self.data.describe(),
-            "scheduler": files.pack(self._schedule(), beside, "scheduler"),
+            "scheduler": states.pack(self._schedule(), beside, "scheduler"),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "state": {
-                name: files.pack(held.state_dict(), beside, f"state.{name}")
+                name: states.pack(held.state_dict(), beside, f"state.{name}")
                 for name, held in self.state.items()
             },
         }
         return files.write(
             self.directory,
             self.step,
-            {"model": files.weights(self.unwrapped, main=main), "optimizer": moments, "training": beside},
+            {"model": states.weights(self.unwrapped, main=main), "optimizer": moments, "training": beside},
             {"optimizer": document, "training": training},
-            files.random_state(self.processes.device),
+            states.random_state(self.processes.device),
             self.processes,
             keep=self.config.keep,
             config=_configuration(self.unwrapped) if main else None,
@@ -396,10 +397,10 @@ class TrainingLoop:
                 f"{path} was made {'without' if training['scheduler'] is None else 'with'} a scheduler and with the "
                 f"states {sorted(training['state'])}; give the loop the same"
             )
-        files.restore_weights(self.unwrapped, path)
-        files.restore_optimizer(self._plain_optimizer, self.unwrapped, path)
+        states.restore_weights(self.unwrapped, path)
+        states.restore_optimizer(self._plain_optimizer, self.unwrapped, path)
         if self.scheduler is not None:
-            schedule = files.unpack(training["scheduler"], beside)
+            schedule = states.unpack(training["scheduler"], beside)
             if "lr_lambdas" in self.scheduler.state_dict():
                 schedule["lr_lambdas"] = [None] * len(self._plain_optimizer.param_groups)
             self.scheduler.load_state_dict(schedule)
@@ -407,11 +408,11 @@ class TrainingLoop:
         if scaler is not None and training["scaler"] is not None:
             scaler.load_state_dict(training["scaler"])
         for name, held in self.state.items():
-            held.load_state_dict(files.unpack(training["state"][name], beside))
+            held.load_state_dict(states.unpack(training["state"][name], beside))
         self.step = training["step"]
         own = path / f"rank-{self.processes.rank}.json"
         if training["world"] == self.processes.world:
-            files.restore_random_state(json.loads(own.read_text()), self.processes.device)
+            states.restore_random_state(json.loads(own.read_text()), self.processes.device)
         else:
             _seed(self.config.seed, self.processes.rank, self.step)
             if self.processes.is_main:

@@ -156,7 +156,9 @@ class ManyProcesses(OneProcess):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model without the wrappers of DDP and of torch.compile."""
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped = self.accelerator.unwrap_model(model)
+        inner: nn.Module = getattr(unwrapped, "_orig_mod", unwrapped)
+        return inner
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients, scaled where fp16 needs it."""

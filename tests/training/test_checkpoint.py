@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labkit.training import checkpoint, checkpoints, latest_checkpoint
-from labkit.training.checkpoint import optimizer_state, pack, restore_optimizer, unpack
+from labkit.training.state import optimizer_state, pack, restore_optimizer, unpack
 
 from . import script
 from .runs import records, same_bits

@@ -96,6 +96,7 @@ def test_two_shards_train_as_one_and_resume_to_the_bit(alone: Path, tmp_path: Pa
     assert tensors(tmp_path / "one").keys() == tensors(alone).keys()
 
 
+@pytest.mark.slow
 def test_two_killed_processes_resume_to_the_bit(pair: Path, tmp_path: Path) -> None:
     torchrun(str(tmp_path), "--die-at", "10", kill=True)
     assert not (tmp_path / "step-00000012").exists()
