@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -9,17 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from labkit import papers
+
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
 
 def example() -> tuple[str, str]:
     """The import example and the output printed below it."""
-    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    code = [block for block in blocks if "NACLPress" in block]
     output = re.search(r"```text\n(.*?)```", TEXT, re.DOTALL)
-    assert code
+    assert len(code) == 1
     assert output
-    return code[1], output[1]
+    return code[0], output[1]
 
 
 def test_the_import_example_prints_what_the_readme_says():
@@ -29,6 +33,17 @@ def test_the_import_example_prints_what_the_readme_says():
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     assert printed.getvalue() == expected
+
+
+def test_the_sweep_example_is_a_sweep_of_registered_parameters():
+    (call,) = re.findall(r"lab\.sweep\((.*?)\)  #", TEXT)
+    slug, grid = ast.literal_eval(f"({call.replace('range(0, 15, 3)', '[0]')})")
+    paper = papers.load(slug)
+    for name, values in grid.items():
+        for value in values:
+            paper.check({name: value})
+    used = set(re.findall(r"claim\.([a-z-]+)", TEXT))
+    assert used <= {claim.id for claim in paper.claims}
 
 
 def test_the_whole_cache_is_as_large_as_the_readme_says():
