@@ -1,0 +1,404 @@
+"""From a checkpoint to a smaller model, against attention written out head by head."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from labkit.kv import NACLPress, RandomPress, SnapKVPress, StreamingLLMPress, cache_bytes
+from labkit.kv.dha import (
+    DHAConverter,
+    DHALlamaConfig,
+    DHALlamaForCausalLM,
+    FusionSchedule,
+    HeadGroups,
+    align_heads,
+    convert_to_gqa,
+    export_to_llama,
+    fusion_loss,
+    head_moments,
+    pool_heads,
+    register,
+)
+from labkit.kv.greedy import GreedyH2O
+from tests.kv.dha.checkpoints import llama
+
+CASES = {
+    "mha": {},
+    "bias": {"attention_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "gqa": {"heads": 8},
+}
+
+
+def written_out(model, groups, ids, mixes):
+    """Logits of a Llama whose head i uses the combination ``mixes[layer][kind][group of i]``: loops, no cache."""
+    config, base = model.config, model.model
+    width, share = config.head_dim, config.num_attention_heads // groups.heads
+    x = base.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[:, None].float()
+    frequency = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2) / width)
+    spin = torch.polar(torch.ones(ids.shape[1], width // 2), positions * frequency)
+
+    def rotate(y):  # planes (j, j + d/2) as complex numbers
+        z = torch.complex(*y.chunk(2, -1)) * spin
+        return torch.cat((z.real, z.imag), -1)
+
+    for index, layer in enumerate(base.layers):
+        attention, h = layer.self_attn, layer.input_layernorm(x)
+        out = 0
+        for head in range(config.num_attention_heads):
+            at = slice(head * width, (head + 1) * width)
+            rows = {"q": attention.q_proj(h)[..., at]}
+            for kind in ("k", "v"):
+                owner = groups.maps(kind)[index][head // share]
+                full = getattr(attention, f"{kind}_proj")(h).unflatten(-1, (groups.heads, width))
+                rows[kind] = torch.einsum("j,btjd->btd", mixes[index][kind][owner], full)
+            logits = rotate(rows["q"]) @ rotate(rows["k"]).transpose(1, 2) / math.sqrt(width)
+            hidden = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+            mixed = logits.masked_fill(hidden, -torch.inf).softmax(-1) @ rows["v"]
+            out = out + mixed @ attention.o_proj.weight[:, at].T
+        x = x + out + (0 if attention.o_proj.bias is None else attention.o_proj.bias)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(base.norm(x))
+
+
+def means(groups):
+    return [
+        {
+            kind: torch.stack([torch.eye(groups.heads)[list(g)].mean(0) for g in groups.of(kind)[index]])
+            for kind in "kv"
+        }
+        for index in range(groups.layers)
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_collapse_equals_attention_written_out(case, attention, uneven, ids):
+    model = llama(kv_heads=4, **{"heads": 4, **CASES[case]})
+    model.set_attn_implementation(attention)
+    small = pool_heads(model, uneven)
+    wanted = written_out(model, uneven, ids, means(uneven))
+    assert torch.allclose(small(ids).logits, wanted, atol=2e-4)
+    # Token by token too: the cache, and the path for one token.
+    cache, got = None, []
+    for t in range(ids.shape[1]):
+        step = small(ids[:, t : t + 1], past_key_values=cache)
+        cache = step.past_key_values
+        got.append(step.logits)
+    assert torch.allclose(torch.cat(got, 1), wanted, atol=2e-4)
+    for index, layer in enumerate(cache.layers):
+        assert layer.keys.shape == (2, (2, 3)[index], 24, 8)
+        assert layer.values.shape == (2, (3, 1)[index], 24, 8)
+
+
+@pytest.mark.parametrize("groups", [
+    HeadGroups.adjacent(2, 4, 2),
+    HeadGroups([[[0, 1], [2, 3]]] * 2, [[[0, 2], [1, 3]]] * 2, 4),
+    HeadGroups([[[0], [1], [2], [3]]] * 2, [[[0, 3], [1, 2]]] * 2, 4),
+    HeadGroups([[[0, 1, 2, 3]]] * 2, [[[0, 1, 2, 3]]] * 2, 4),
+])  # fmt: skip
+@torch.no_grad()
+def test_every_layout_decodes_as_it_prefills(groups, ids, mha):
+    small = pool_heads(mha, groups)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    whole = small(ids, attention_mask=mask, position_ids=mask.cumsum(1).sub(1).clamp(min=0)).logits[:, -1]
+    out = small(
+        ids[:, :-1], attention_mask=mask[:, :-1], position_ids=mask[:, :-1].cumsum(1).sub(1).clamp(min=0)
+    )
+    last = mask.sum(1, keepdim=True) - 1
+    step = small(ids[:, -1:], attention_mask=mask, position_ids=last, past_key_values=out.past_key_values)
+    assert torch.allclose(step.logits[:, -1], whole, atol=1e-4)
+
+
+def test_bytes_fall_by_the_stated_factor(mha, uneven, ids):
+    small = pool_heads(mha, uneven)
+    with torch.no_grad():
+        full, fewer = (cache_bytes(m(ids).past_key_values) for m in (mha, small))
+    assert fewer / full == uneven.kept == 9 / 16
+    assert fewer == small.config.cache_bytes_per_token(4) * ids.numel()
+
+
+def test_saving_loading_generating(tmp_path, uneven, ids):
+    small = pool_heads(llama(attention_bias=True, tie_word_embeddings=True), uneven)
+    small.save_pretrained(tmp_path)
+    register()
+    for kind in (DHALlamaForCausalLM, AutoModelForCausalLM):
+        again = kind.from_pretrained(tmp_path)
+        assert type(again) is DHALlamaForCausalLM
+        assert again.config.key_map == small.config.key_map
+        assert torch.equal(again(ids).logits, small(ids).logits)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    greedy = again.generate(ids, **settings)
+    stepwise = ids
+    for _ in range(6):
+        stepwise = torch.cat((stepwise, small(stepwise, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(greedy, stepwise)
+    assert again.generate(ids, num_beams=3, **settings).shape == (2, 30)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("align", [False, True])
+def test_fused_at_the_identity_is_the_checkpoint(case, align, uneven, ids):
+    model = llama(kv_heads=4, **{"heads": 4, **CASES[case]})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    converter = DHAConverter(model, uneven, align=align)
+    with torch.no_grad():
+        assert torch.allclose(
+            converter.prepare()(ids).logits, model(ids).logits, atol=2e-4 if align else 1e-5
+        )
+    assert abs(converter.fusion_loss().item() - 1) < 1e-6
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["bias", "gqa"])
+def test_fusing_ends_at_zero_and_the_collapse_changes_nothing(case, uneven, ids):
+    model = llama(kv_heads=4, **{"heads": 4, **CASES[case]})
+    converter = DHAConverter(model, uneven, schedule=FusionSchedule(steps=30))
+    steps = list(converter.fuse([ids] * 30, lr=1e-3))
+    assert [s.number for s in steps] == list(range(30))
+    # The last target is 0 and the last contraction whole.
+    assert steps[-1].fusion_loss < 1e-10 < 0.1 < steps[5].fusion_loss
+    fused = converter.prepare().eval()
+    small = converter.collapse().eval()
+    with torch.no_grad():
+        assert torch.allclose(small(ids).logits, fused(ids).logits, atol=1e-4)
+    # The operators learned something: the heads are not plain means.
+    mix = converter.operators()[0]["k"][0]
+    assert float((mix[[0, 2, 3]] - 1 / 3).abs().max()) > 1e-3
+    assert float(mix[1]) == 0
+
+
+def test_collapse_refuses_heads_that_are_apart(mha, uneven, ids):
+    converter = DHAConverter(mha, uneven, schedule=FusionSchedule(steps=4))
+    with pytest.raises(RuntimeError, match="fusion loss 1 after 0 of 4 steps"):
+        converter.collapse()
+    list(converter.fuse([ids] * 4))
+    with torch.no_grad():
+        converter.prepare().model.layers[0].self_attn.k_proj.omega[0, 0] += 0.1
+    with pytest.warns(UserWarning, match="not merged yet"):
+        converter.collapse()
+
+
+def test_fusion_loss_by_hand(uneven):
+    omega = torch.randn(4, 4)
+    group = omega[[0, 2, 3]]
+    wanted = ((group - group.mean(0)) ** 2).sum()
+    assert torch.allclose(fusion_loss(omega, uneven.keys[0]), wanted)
+    assert float(fusion_loss(torch.eye(4), uneven.keys[0])) == pytest.approx(2)
+
+
+def test_a_loop_of_ones_own_is_the_same_fusion(mha, uneven, ids):
+    paths = []
+    for own in (False, True):
+        converter = DHAConverter(mha, uneven, schedule=FusionSchedule(steps=6))
+        if own:
+            model = converter.prepare().train()
+            optimizer = torch.optim.AdamW(
+                converter.parameter_groups(1e-3), betas=(0.9, 0.95), weight_decay=0.0
+            )
+            for _ in range(6):
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+                optimizer.zero_grad()
+                (loss + converter.penalty()).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                converter.advance()
+        else:
+            list(converter.fuse([ids] * 6, lr=lambda step: 1e-3))
+        paths.append(converter.collapse().eval()(ids).logits)
+    assert torch.allclose(*paths, atol=1e-4)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@torch.no_grad()
+def test_alignment_keeps_the_function_and_undoes_a_turned_basis(calibrated, ids):
+    model = llama(attention_bias=True)
+    moments = head_moments(model, [ids]) if calibrated else None
+    everything = HeadGroups.adjacent(2, 4, 1)
+    turned = align_heads(model, everything, moments)
+    assert torch.allclose(turned(ids).logits, model(ids).logits, atol=2e-4)
+    # Heads that are copies in another basis: after the alignment, pooling loses nothing.
+    copies = llama()
+    angles = torch.rand(4, 4) * 6
+    for layer in copies.model.layers:
+        attention = layer.self_attn
+        for head in range(1, 4):
+            at = slice(8 * head, 8 * head + 8)
+            rotation = torch.linalg.qr(torch.randn(8, 8)).Q
+            planes = torch.zeros(8, 8)
+            for j in range(4):
+                c, s = angles[head, j].cos(), angles[head, j].sin()
+                planes[[j, j, j + 4, j + 4], [j, j + 4, j, j + 4]] = torch.stack((c, -s, s, c))
+            attention.v_proj.weight[at] = rotation @ attention.v_proj.weight[:8]
+            attention.k_proj.weight[at] = planes @ attention.k_proj.weight[:8]
+    moments = head_moments(copies, [ids]) if calibrated else None
+    wanted = copies(ids).logits
+    aligned, plain = (
+        pool_heads(copies, everything, how, moments=moments)(ids).logits for how in ("align", "mean")
+    )
+    assert torch.allclose(aligned, wanted, atol=1e-3)
+    assert (plain - wanted).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_gqa_is_a_stock_model(ids, mha):
+    for method in ("mean", "first", "random", "align"):
+        gqa = convert_to_gqa(mha, 2, method)
+        assert type(gqa) is LlamaForCausalLM
+        assert gqa.config.num_key_value_heads == 2
+        twin = pool_heads(mha, HeadGroups.adjacent(2, 4, 2), method)
+        assert torch.allclose(gqa(ids).logits, twin(ids).logits, atol=1e-5)
+    key = convert_to_gqa(mha, 2).model.layers[0].self_attn.k_proj.weight
+    source = mha.model.layers[0].self_attn.k_proj.weight
+    assert torch.allclose(key[:8], (source[:8] + source[8:16]) / 2)
+    assert torch.equal(convert_to_gqa(mha, 2, "first").model.layers[1].self_attn.v_proj.weight[8:], mha.model.layers[
+        1].self_attn.v_proj.weight[16:24])  # fmt: skip
+    crossed = pool_heads(mha, HeadGroups([[[0, 3], [1, 2]]] * 2, [[[0, 3], [1, 2]]] * 2, 4))
+    assert torch.allclose(export_to_llama(crossed)(ids).logits, crossed(ids).logits, atol=1e-5)
+
+
+def test_seed_of_the_caller_is_left_alone(mha, uneven):
+    torch.manual_seed(7)
+    wanted = torch.rand(1)
+    torch.manual_seed(7)
+    pool_heads(mha, uneven)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+# Eviction on top: both make the cache smaller.
+
+
+@pytest.mark.parametrize("press", [
+    NACLPress(0.75, proxy_tokens=4), NACLPress(budget_tokens=8, proxy_tokens=4, decode_interval=2),
+    SnapKVPress(0.75, window=4), StreamingLLMPress(0.75), RandomPress(0.75),
+], ids=lambda p: type(p).__name__)  # fmt: skip
+def test_presses_evict_decoupled_heads(press, mha, uneven):
+    ids = torch.randint(2, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+    small = pool_heads(mha, uneven)
+    with press(small), torch.no_grad():
+        cache = small(ids).past_key_values
+        kept = press.budget(40)
+        assert cache_bytes(cache) == small.config.cache_bytes_per_token(4) * kept
+        for index, layer in enumerate(cache.layers):
+            assert layer.keys.shape[:3] == (1, (2, 3)[index], kept)
+            assert layer.values.shape[:3] == (1, (3, 1)[index], kept)
+        out = small.generate(ids, max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 45)
+
+
+@torch.no_grad()
+def test_evicting_equals_masking_with_decoupled_heads(mha):
+    """Keys and values of a query head keep the same entries, and components differ."""
+    ids = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(1))
+    groups = HeadGroups(keys=[[[0, 1], [2, 3]]] * 2, values=[[[0], [1], [2, 3]]] * 2, heads=4)
+    small = pool_heads(mha, groups)
+    sites = [small.model.layers[la].self_attn.layout.site_of_query for la in (0, 1)]
+    assert sites[0] == (0, 0, 1, 1)
+    press = NACLPress(0.7, proxy_tokens=4)
+    with press(small):
+        cache = small(ids).past_key_values
+        got = small(ids[:, :1], past_key_values=cache).logits
+    assert press.stats[1].kept.shape == (2, 2, 12)
+    assert not torch.equal(press.stats[1].kept[0, 0], press.stats[1].kept[0, 1])
+    small.set_attn_implementation("eager")
+    full = small(ids).past_key_values
+
+    def hide(module, args, kwargs):
+        allowed = torch.zeros(2, 4, 1, 41)
+        allowed[..., 40] = 1
+        kept = press.stats[module.layer_idx].kept.long()
+        for head, site in enumerate(module.layout.site_of_query):
+            allowed[:, head, 0].scatter_(1, kept[:, site], 1)
+        return args, {
+            **kwargs,
+            "attention_mask": torch.where(allowed > 0, 0.0, torch.finfo(torch.float32).min),
+        }
+
+    for layer in small.model.layers:
+        layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+    wanted = small(ids[:, :1], past_key_values=full).logits
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_what_presses_refuse(mha, uneven, ids):
+    small = pool_heads(mha, uneven)
+    with pytest.raises(ValueError, match="has them decoupled"), GreedyH2O(0.5)(small):
+        pass
+    with (
+        pytest.raises(ValueError, match="head_index"),
+        NACLPress(0.5, head_reduction="head_index")(small),
+        torch.no_grad(),
+    ):
+        small(ids)
+    with pytest.raises(ValueError, match="2 key and 3 value heads"):
+        small.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+# Bad input.
+
+
+def both(model, groups, message):
+    for call in (lambda: DHAConverter(model, groups), lambda: pool_heads(model, groups)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_checkpoints_that_cannot_be_converted(mha, uneven):
+    neox = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+        )
+    )
+    both(neox, uneven, "GPTNeoXAttention: its query, key and value projections are one matrix")
+    both(pool_heads(mha, uneven), uneven, "DHALlamaAttention; head fusion supports LlamaAttention")
+    with pytest.raises(TypeError, match="got str"):
+        DHAConverter("llama", uneven)
+    quantised = copy.deepcopy(mha)
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    both(quantised, uneven, "of a quantised model")
+    adapted = copy.deepcopy(mha)
+    adapted.model.layers[1].self_attn.v_proj = nn.utils.parametrizations.weight_norm(
+        adapted.model.layers[1].self_attn.v_proj
+    )
+    both(adapted, uneven, "layer 1, v_proj is a ParametrizedLinear")
+    tied = copy.deepcopy(mha)
+    tied.model.layers[1].self_attn.k_proj.weight = tied.model.layers[0].self_attn.k_proj.weight
+    both(tied, uneven, r"layers.0.self_attn.k_proj.weight and model.layers.1.* are tied")
+    with torch.device("meta"):
+        both(LlamaForCausalLM(mha.config), uneven, "no weights in memory")
+    both(mha, HeadGroups.adjacent(3, 4, 2), "groups are of 3 layers with 4 key-value heads")
+    both(llama(kv_heads=2), uneven, "num_key_value_heads=2")
+
+
+def test_other_bad_arguments(mha, uneven, ids):
+    for call, message in (
+        (lambda: pool_heads(mha, uneven, "median"), "method must be one of mean"),
+        (lambda: convert_to_gqa(mha, 3), r"must divide the 4 heads: \[1, 2, 4\]; got 3"),
+        (lambda: export_to_llama(pool_heads(mha, uneven)), "layer 0 has 2 key and 3 value heads"),
+        (lambda: export_to_llama(mha), "must be a DHALlamaForCausalLM"),
+        (lambda: FusionSchedule(steps=0), "steps must be"),
+        (lambda: FusionSchedule(fall=0), "fall is a share"),
+        (lambda: FusionSchedule(contract=2), "contract is a share"),
+        (lambda: FusionSchedule(penalty=-1), "penalty must not be negative"),
+        (lambda: DHAConverter(mha, uneven, operator_lr=0), "operator_lr must be positive"),
+        (lambda: DHALlamaConfig(num_hidden_layers=1, key_map=[[0] * 31]), "has 31 entries"),
+        (lambda: DHALlamaConfig(num_hidden_layers=2, key_map=[[0] * 32]), "key_map has 1 layers"),
+        (lambda: DHALlamaConfig(num_hidden_layers=1, value_map=[[1] * 32]), "without gaps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    converter = DHAConverter(mha, uneven, schedule=FusionSchedule(steps=5))
+    with pytest.raises(RuntimeError, match="batches ended at step 2 of 5"):
+        list(converter.fuse([ids] * 2))
