@@ -260,7 +260,8 @@ class DHAConverter:
         Returns
         -------
         DHALlamaForCausalLM
-            With weights of its own. It computes what the fused model does, as far as the fusion loss is 0.
+            In evaluation mode, with weights of its own. It computes what the fused model does, as far as the
+            fusion loss is 0.
 
         Raises
         ------
@@ -286,4 +287,4 @@ class DHAConverter:
             weights.append(
                 {new: state[name] for name, new in names.items() if new.endswith((".weight", ".bias"))}
             )
-        return collapsed(model, self.groups, mixes, weights)
+        return collapsed(model, self.groups, mixes, weights).eval()

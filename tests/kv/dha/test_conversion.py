@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from labkit.kv import NACLPress, RandomPress, SnapKVPress, StreamingLLMPress, cache_bytes
+from labkit.kv import cache_bytes
 from labkit.kv.dha import (
     DHAConverter,
-    DHALlamaConfig,
     DHALlamaForCausalLM,
     FusionSchedule,
     HeadGroups,
@@ -26,7 +23,6 @@ from labkit.kv.dha import (
     pool_heads,
     register,
 )
-from labkit.kv.greedy import GreedyH2O
 from tests.kv.dha.checkpoints import llama
 
 CASES = {
@@ -100,14 +96,17 @@ def test_collapse_equals_attention_written_out(case, attention, uneven, ids):
         assert layer.values.shape == (2, (3, 1)[index], 24, 8)
 
 
+@pytest.mark.parametrize("long", [1, 10**6])
 @pytest.mark.parametrize("groups", [
+    HeadGroups([[[0, 3, 2], [1]]] * 2, [[[0], [1, 2, 3]]] * 2, 4),
     HeadGroups.adjacent(2, 4, 2),
     HeadGroups([[[0, 1], [2, 3]]] * 2, [[[0, 2], [1, 3]]] * 2, 4),
     HeadGroups([[[0], [1], [2], [3]]] * 2, [[[0, 3], [1, 2]]] * 2, 4),
     HeadGroups([[[0, 1, 2, 3]]] * 2, [[[0, 1, 2, 3]]] * 2, 4),
 ])  # fmt: skip
 @torch.no_grad()
-def test_every_layout_decodes_as_it_prefills(groups, ids, mha):
+def test_every_layout_decodes_as_it_prefills(groups, long, ids, mha, monkeypatch):
+    monkeypatch.setattr("labkit.kv.dha.attention.LONG", long)
     small = pool_heads(mha, groups)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -275,130 +274,3 @@ def test_seed_of_the_caller_is_left_alone(mha, uneven):
     torch.manual_seed(7)
     pool_heads(mha, uneven)
     assert torch.equal(torch.rand(1), wanted)
-
-
-# Eviction on top: both make the cache smaller.
-
-
-@pytest.mark.parametrize("press", [
-    NACLPress(0.75, proxy_tokens=4), NACLPress(budget_tokens=8, proxy_tokens=4, decode_interval=2),
-    SnapKVPress(0.75, window=4), StreamingLLMPress(0.75), RandomPress(0.75),
-], ids=lambda p: type(p).__name__)  # fmt: skip
-def test_presses_evict_decoupled_heads(press, mha, uneven):
-    ids = torch.randint(2, 64, (1, 40), generator=torch.Generator().manual_seed(1))
-    small = pool_heads(mha, uneven)
-    with press(small), torch.no_grad():
-        cache = small(ids).past_key_values
-        kept = press.budget(40)
-        assert cache_bytes(cache) == small.config.cache_bytes_per_token(4) * kept
-        for index, layer in enumerate(cache.layers):
-            assert layer.keys.shape[:3] == (1, (2, 3)[index], kept)
-            assert layer.values.shape[:3] == (1, (3, 1)[index], kept)
-        out = small.generate(ids, max_new_tokens=5, do_sample=False)
-    assert out.shape == (1, 45)
-
-
-@torch.no_grad()
-def test_evicting_equals_masking_with_decoupled_heads(mha):
-    """Keys and values of a query head keep the same entries, and components differ."""
-    ids = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(1))
-    groups = HeadGroups(keys=[[[0, 1], [2, 3]]] * 2, values=[[[0], [1], [2, 3]]] * 2, heads=4)
-    small = pool_heads(mha, groups)
-    sites = [small.model.layers[la].self_attn.layout.site_of_query for la in (0, 1)]
-    assert sites[0] == (0, 0, 1, 1)
-    press = NACLPress(0.7, proxy_tokens=4)
-    with press(small):
-        cache = small(ids).past_key_values
-        got = small(ids[:, :1], past_key_values=cache).logits
-    assert press.stats[1].kept.shape == (2, 2, 12)
-    assert not torch.equal(press.stats[1].kept[0, 0], press.stats[1].kept[0, 1])
-    small.set_attn_implementation("eager")
-    full = small(ids).past_key_values
-
-    def hide(module, args, kwargs):
-        allowed = torch.zeros(2, 4, 1, 41)
-        allowed[..., 40] = 1
-        kept = press.stats[module.layer_idx].kept.long()
-        for head, site in enumerate(module.layout.site_of_query):
-            allowed[:, head, 0].scatter_(1, kept[:, site], 1)
-        return args, {
-            **kwargs,
-            "attention_mask": torch.where(allowed > 0, 0.0, torch.finfo(torch.float32).min),
-        }
-
-    for layer in small.model.layers:
-        layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True)
-    wanted = small(ids[:, :1], past_key_values=full).logits
-    assert torch.allclose(got, wanted, atol=1e-4)
-
-
-def test_what_presses_refuse(mha, uneven, ids):
-    small = pool_heads(mha, uneven)
-    with pytest.raises(ValueError, match="has them decoupled"), GreedyH2O(0.5)(small):
-        pass
-    with (
-        pytest.raises(ValueError, match="head_index"),
-        NACLPress(0.5, head_reduction="head_index")(small),
-        torch.no_grad(),
-    ):
-        small(ids)
-    with pytest.raises(ValueError, match="2 key and 3 value heads"):
-        small.generate(ids, max_new_tokens=2, cache_implementation="static")
-
-
-# Bad input.
-
-
-def both(model, groups, message):
-    for call in (lambda: DHAConverter(model, groups), lambda: pool_heads(model, groups)):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_checkpoints_that_cannot_be_converted(mha, uneven):
-    neox = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
-        )
-    )
-    both(neox, uneven, "GPTNeoXAttention: its query, key and value projections are one matrix")
-    both(pool_heads(mha, uneven), uneven, "DHALlamaAttention; head fusion supports LlamaAttention")
-    with pytest.raises(TypeError, match="got str"):
-        DHAConverter("llama", uneven)
-    quantised = copy.deepcopy(mha)
-    quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
-    both(quantised, uneven, "of a quantised model")
-    adapted = copy.deepcopy(mha)
-    adapted.model.layers[1].self_attn.v_proj = nn.utils.parametrizations.weight_norm(
-        adapted.model.layers[1].self_attn.v_proj
-    )
-    both(adapted, uneven, "layer 1, v_proj is a ParametrizedLinear")
-    tied = copy.deepcopy(mha)
-    tied.model.layers[1].self_attn.k_proj.weight = tied.model.layers[0].self_attn.k_proj.weight
-    both(tied, uneven, r"layers.0.self_attn.k_proj.weight and model.layers.1.* are tied")
-    with torch.device("meta"):
-        both(LlamaForCausalLM(mha.config), uneven, "no weights in memory")
-    both(mha, HeadGroups.adjacent(3, 4, 2), "groups are of 3 layers with 4 key-value heads")
-    both(llama(kv_heads=2), uneven, "num_key_value_heads=2")
-
-
-def test_other_bad_arguments(mha, uneven, ids):
-    for call, message in (
-        (lambda: pool_heads(mha, uneven, "median"), "method must be one of mean"),
-        (lambda: convert_to_gqa(mha, 3), r"must divide the 4 heads: \[1, 2, 4\]; got 3"),
-        (lambda: export_to_llama(pool_heads(mha, uneven)), "layer 0 has 2 key and 3 value heads"),
-        (lambda: export_to_llama(mha), "must be a DHALlamaForCausalLM"),
-        (lambda: FusionSchedule(steps=0), "steps must be"),
-        (lambda: FusionSchedule(fall=0), "fall is a share"),
-        (lambda: FusionSchedule(contract=2), "contract is a share"),
-        (lambda: FusionSchedule(penalty=-1), "penalty must not be negative"),
-        (lambda: DHAConverter(mha, uneven, operator_lr=0), "operator_lr must be positive"),
-        (lambda: DHALlamaConfig(num_hidden_layers=1, key_map=[[0] * 31]), "has 31 entries"),
-        (lambda: DHALlamaConfig(num_hidden_layers=2, key_map=[[0] * 32]), "key_map has 1 layers"),
-        (lambda: DHALlamaConfig(num_hidden_layers=1, value_map=[[1] * 32]), "without gaps"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-    converter = DHAConverter(mha, uneven, schedule=FusionSchedule(steps=5))
-    with pytest.raises(RuntimeError, match="batches ended at step 2 of 5"):
-        list(converter.fuse([ids] * 2))
