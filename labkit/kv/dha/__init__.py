@@ -57,6 +57,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "operators": ["FusionSchedule", "fusion_loss"],
         "search": ["search_groups"],
+        "trainer": ["FusionCallback"],
         "similarity": ["HeadMoments", "head_moments", "head_similarity", "linear_cka"],
     },
 )

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -13,6 +14,7 @@ from labkit.kv import cache_bytes
 from labkit.kv.dha import (
     DHAConverter,
     DHALlamaForCausalLM,
+    FusionCallback,
     FusionSchedule,
     HeadGroups,
     align_heads,
@@ -274,3 +276,32 @@ def test_seed_of_the_caller_is_left_alone(mha, uneven):
     torch.manual_seed(7)
     pool_heads(mha, uneven)
     assert torch.equal(torch.rand(1), wanted)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_trainer_runs_the_same_fusion(parts, mha, uneven, ids, tmp_path):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in ids[:1].repeat(12, 1)]  # alike, as they are shuffled
+    logits = []
+    for trainer in (False, True):
+        converter = DHAConverter(mha, uneven, schedule=FusionSchedule(steps=6))
+        if trainer:
+            callback, model = FusionCallback(converter), converter.prepare()
+            arguments = transformers.TrainingArguments(
+                str(tmp_path), max_steps=6, per_device_train_batch_size=2 // parts, report_to=[], use_cpu=True,
+                gradient_accumulation_steps=parts, save_strategy="no", disable_tqdm=True, logging_strategy="no",
+            )  # fmt: skip
+            optimizer = torch.optim.AdamW(
+                converter.parameter_groups(1e-3), betas=(0.9, 0.95), weight_decay=0.0
+            )
+            constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+            transformers.Trainer(
+                model, arguments, train_dataset=rows, callbacks=[callback], optimizers=(optimizer, constant)
+            ).train()
+            assert converter.step == 6
+            assert not model._forward_hooks
+        else:
+            batch = {"input_ids": ids[:1], "labels": ids[:1]}
+            list(converter.fuse([batch] * 6, lr=1e-3))
+        logits.append(converter.collapse()(ids).logits)
+    assert torch.allclose(*logits, atol=2e-3)

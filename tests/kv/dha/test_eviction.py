@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from labkit.kv import NACLPress, RandomPress, SnapKVPress, StreamingLLMPress, cache_bytes
-from labkit.kv.dha import HeadGroups, pool_heads
+from labkit.kv.dha import HeadGroups, convert_to_gqa, pool_heads
 from labkit.kv.greedy import GreedyH2O
 
 
@@ -74,3 +74,15 @@ def test_what_presses_refuse(mha, uneven, ids):
         small(ids)
     with pytest.raises(ValueError, match="2 key and 3 value heads"):
         small.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_where_the_groups_are_those_of_gqa_the_same_entries_are_kept(mha):
+    ids = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(1))
+    kept = []
+    for model in (pool_heads(mha, HeadGroups.adjacent(2, 4, 2)), convert_to_gqa(mha, 2)):
+        press = NACLPress(0.7, proxy_tokens=4)
+        with press(model):
+            model(ids)
+        kept.append([press.stats[layer].kept for layer in (0, 1)])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
