@@ -2,7 +2,7 @@
 # make test      the whole check                         STEPS="lint unit ..." for a part of it
 # make lab       open JupyterLab on the index
 # make bench     the benchmarks                          BENCH="nacl ..." for some
-# make report    the verdict report of the recorded runs
+# make report    the site: gallery, notebooks, verdicts, sweeps, benchmarks   OUT=build/runs
 .DEFAULT_GOAL := help
 .PHONY: help run test lab bench report setup doctor clean
 SHELL := /bin/bash
@@ -46,11 +46,10 @@ lab: $(STAMP)
 		$(if $(wildcard notebooks/index.ipynb),notebooks/index.ipynb,notebooks)
 
 bench: $(STAMP)
-	@set -e; for file in $(if $(BENCH),$(BENCH:%=benchmarks/%.py),$(wildcard benchmarks/[a-z]*.py)); do \
-		echo "== $$file"; $(BIN)/python $$file; done
+	$(BIN)/labkit bench $(if $(BENCH),$(BENCH),--all)
 
 report: $(STAMP)
-	$(BIN)/labkit report --out $(OUT)
+	$(BIN)/labkit report $(if $(filter-out build/runs,$(OUT)),--out $(OUT))
 
 doctor: $(STAMP)
 	$(BIN)/labkit doctor

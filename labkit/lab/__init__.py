@@ -9,8 +9,10 @@ __getattr__, __dir__, __all__ = attach(
         "cache": [],
         "claims": ["Verdict", "Verdicts"],
         "figures": [],
+        "gallery": [],
         "progress": [],
         "session": ["Run", "environment", "start"],
+        "sweeps": ["sweep"],
         "widgets": [],
     },
 )

@@ -74,15 +74,15 @@ def _show(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
-def _given(pairs: list[str]) -> dict[str, str]:
+def _given(pairs: list[str], option: str = "-p") -> dict[str, str]:
     """``name=value`` strings as a mapping."""
     found: dict[str, str] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or not name:
-            raise ValueError(f"-p {pair!r} is not of the form name=value")
+            raise ValueError(f"{option} {pair!r} is not of the form name=value")
         if name in found:
-            raise ValueError(f"-p {name} is given twice")
+            raise ValueError(f"{option} {name} is given twice")
         found[name] = value
     return found
 
@@ -170,24 +170,118 @@ def _all_with_notebook() -> list[str]:
 
 
 @app.command()
+def sweep(
+    slug: Annotated[
+        str | None, typer.Argument(help="Paper or notebook; with --resume, that of --out.")
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="name=values, such as seed=0:5 or budget=0.1,0.2."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--grid", "-g", help="YAML file of names and values.")] = None,
+    in_step: Annotated[
+        bool, typer.Option("--zip", help="Values go in step instead of being crossed.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time here [cores, as memory allows].")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="Run on a dask.distributed scheduler, tcp://HOST:PORT.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the sweep [build/sweeps/SLUG-...].")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is there, make what is missing.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: make failed runs again, too.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", "--force", help="Make all runs anew.")] = False,
+    timeout: Annotated[float | None, typer.Option("--timeout", min=1, help="Seconds per run.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Memory per run, such as 800MB or 2GB.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a run that was killed is begun again.")
+    ] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, start none.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run one notebook over a grid of parameters, and gather one table."""
+    from labkit.lab import grid, project, sweeps
+
+    texts = _given(parameter or [])
+    grids: list[dict[str, Any]]
+    if slug is None:
+        if not (resume and out) or texts or file:
+            raise ValueError("name a paper or a notebook; only --resume --out FOLDER knows them by itself")
+        slug, grids = sweeps.recall(out)
+    else:
+        paper, path = project.resolve(slug)
+        known, owner = grid.defaults(paper, path), paper.slug if paper else path.name
+        grids = grid.read(file, known, owner) if file else [{}]
+        grids = [{**block, **grid.from_text(texts, known, owner)} for block in grids]
+        if not any(grids):
+            raise ValueError("a sweep needs a grid: -p name=a,b,c or name=a:b:step, or --grid FILE")
+    if dry_run:
+        what = sweeps.plan(slug, grids, zip=in_step, out=out)
+        if as_json:
+            _show([{"run": run.key, **run.parameters} for run in what.runs])
+        else:
+            for run in what.runs:
+                print(run.key)
+            print(f"{len(what.runs)} runs of {what.slug}, into {what.folder}")
+        return
+    limit = None if memory is None else sweeps.megabytes(memory)
+    table = sweeps.sweep(
+        slug,
+        grids,
+        zip=in_step,
+        jobs=jobs,
+        scheduler=scheduler,
+        out=out,
+        resume=resume,
+        retry_failed=retry_failed,
+        fresh=fresh,
+        timeout=timeout,
+        memory=limit,
+        retries=retries,
+        progress=False if as_json else None,
+    )
+    if as_json:
+        print(table.to_json(orient="records", indent=1))
+    else:
+        sweeps.show(table)
+    if not (table["status"] == "ok").all():
+        raise typer.Exit(1)
+
+
+@app.command()
 def refresh(
-    slugs: Annotated[list[str], typer.Argument(help="Papers.")],
+    slugs: Annotated[list[str], typer.Argument(help="Papers; `index` for the gallery alone.")],
     timeout: Annotated[float | None, typer.Option("--timeout", min=1, help="Seconds per run.")] = None,
     png: Annotated[bool, typer.Option("--png/--no-png", help="Draw static twins of the figures.")] = True,
 ) -> None:
-    """Re-execute committed notebooks at their defaults and write them back clean."""
+    """Re-execute committed notebooks at their defaults and write them back clean; the gallery follows."""
     from labkit import papers
-    from labkit.lab.refresh import RefreshError
+    from labkit.lab import gallery
+    from labkit.lab.refresh import RefreshError, refresh_index
     from labkit.lab.refresh import refresh as do
 
-    for slug in slugs:  # a misspelt name stops before the first run
+    chosen = [slug for slug in slugs if slug != "index"]
+    for slug in chosen:  # a misspelt name stops before the first run
         papers.load(slug)
-    for slug in slugs:
-        try:
+    try:
+        for slug in chosen:
             result = do(slug, timeout=timeout, png=png)
-        except RefreshError as error:
-            _stop(str(error), code=1)
-        print(f"{slug}: {result.summary()}, {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB")
+            print(f"{slug}: {result.summary()}, {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB")
+        if refresh_index(timeout=timeout, png=png) is not None:
+            print(f"{gallery.INDEX}: written")
+    except RefreshError as error:
+        _stop(str(error), code=1)
+    if gallery.write_readme():
+        print("README.md: gallery written")
 
 
 @app.command()
@@ -196,13 +290,14 @@ def report(
     to: Annotated[Path | None, typer.Option("--to", help="Folder of the pages [OUT/report].")] = None,
     as_json: _Json = False,
 ) -> None:
-    """Show the verdicts of all recorded runs, and write them as HTML pages."""
+    """Show the verdicts of all recorded runs, and write the collection and them as a site of static pages."""
     from labkit.lab import project, runner
+    from labkit.lab.refresh import all_slugs
     from labkit.lab.report import show, write
 
     folder = out or project.default_out()
     results = runner.load_all(folder)
-    if not results:
+    if not results and (out is not None or as_json or not all_slugs()):
         raise ValueError(f"no runs are recorded under {folder}; `labkit run` makes some")
     if as_json:
         _show([{**item.record(), "verdicts": item.verdicts} for item in results])
@@ -210,6 +305,53 @@ def report(
     page = write(folder, to)
     show(results)
     print(f"Report: {page}")
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benchmarks; without one they are listed.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run all of them.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes; prints, and records only with --out.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda [a GPU if there is one].")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File of JSON lines to add to.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An option of the benchmark's own, such as only=kernels."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """List the benchmarks, or run some and record what they measure; the site shows the records."""
+    from labkit.lab import benchmarks
+
+    known = benchmarks.found()
+    if names and everything:
+        raise ValueError("give names or --all, not both")
+    chosen = list(known.values()) if everything else [benchmarks.get(name) for name in names or []]
+    if not chosen:
+        if as_json:
+            _show([item.to_dict() for item in known.values()])
+        else:
+            benchmarks.show(list(known.values()))
+        return
+    further = [
+        part for name, value in _given(option or [], "--option").items() for part in (f"--{name}", value)
+    ]
+    lines = [
+        benchmarks.command(item, quick=quick, device=device, out=out, further=further) for item in chosen
+    ]
+    failed = []
+    for item, line in zip(chosen, lines, strict=True):
+        print(f"== {item.name}", flush=True)
+        if benchmarks.run(line) != 0:
+            failed.append(item.name)
+    if failed:
+        _stop(f"{', '.join(failed)} ended with an error", code=1)
 
 
 @app.command()

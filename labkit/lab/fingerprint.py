@@ -24,8 +24,9 @@ from labkit.lab import notebook, project
 TOOLS = frozenset(
     f"labkit.lab.{name}"
     for name in (
-        "check", "cli", "doctor", "fingerprint", "hygiene", "listing", "live", "notebook", "project",
-        "refresh", "report", "runner", "scaffold", "spacing", "worker",
+        "benchmarks", "check", "cli", "doctor", "engines", "fingerprint", "gallery", "grid", "hygiene", "listing",
+        "live", "notebook", "parameters", "project", "refresh", "report", "result", "runner", "scaffold", "site",
+        "spacing", "sweeps", "tables", "worker",
     )
 )  # fmt: skip
 
@@ -124,7 +125,7 @@ def _counts(path: Path, top: Path) -> bool:
         return path.name == "__init__.py"
     if relative.parts[:3] == ("labkit", "lab", "templates"):
         return False
-    return ".".join(relative.parts) not in TOOLS
+    return ".".join(relative.parts[:3]) not in TOOLS
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +137,29 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def of_notebook(nb: Any, paper: papers.Paper | None) -> str:
+    """Hash of all that the runs of a notebook depend on, whatever their parameters.
+
+    Parameters
+    ----------
+    nb : notebook
+        Its code cells count; prose and outputs don't.
+    paper : Paper or None
+        Registry entry, whose file enters the hash.
+    """
+    top = project.package_folder()
+    found = closure(_parsable(cell.source for cell in notebook.code_cells(nb)), top)
+    if paper is not None:
+        found.append(top / "papers" / f"{paper.slug}.toml")
+    files = [(str(path.relative_to(top)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in found]
+    return _digest({"code": notebook.code_hash(nb), "versions": versions(), "files": files})
+
+
+def with_parameters(nb_hash: str, parameters: Mapping[str, Any]) -> str:
+    """Fingerprint of a run, from what :func:`of_notebook` gives and all its parameters, defaults filled in."""
+    return _digest({"notebook": nb_hash, "parameters": dict(parameters)})
 
 
 def of_run(nb: Any, parameters: Mapping[str, Any], paper: papers.Paper | None) -> str:
@@ -155,20 +179,11 @@ def of_run(nb: Any, parameters: Mapping[str, Any], paper: papers.Paper | None) -
     str
         Thirty-two hexadecimal digits.
     """
-    top = project.package_folder()
-    files = closure(_parsable(cell.source for cell in notebook.code_cells(nb)), top)
-    if paper is not None:
-        files.append(top / "papers" / f"{paper.slug}.toml")
-    head = {
-        "code": notebook.code_hash(nb),
-        "parameters": dict(parameters),
-        "versions": versions(),
-    }
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode())
-    for path in files:
-        digest.update(str(path.relative_to(top)).encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:32]
+    return with_parameters(of_notebook(nb, paper), parameters)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _parsable(sources: Iterable[str]) -> Iterable[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit import papers
-from labkit.lab import notebook, project
+from labkit.lab import gallery, notebook, project
 from labkit.lab.refresh import BEGIN, END, strip, with_strip
 
 MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 40, 200, 25
@@ -117,6 +117,36 @@ def file_findings(path: Path) -> Iterator[Finding]:
         yield Finding(
             f"the file is no valid notebook: {str(error).splitlines()[0]}", "Repair the JSON by hand"
         )
+
+
+def check_index(path: Path) -> list[Finding]:
+    """All findings about the notebook that shows the collection; it is no paper and has lighter rules.
+
+    Parameters
+    ----------
+    path : Path
+        The notebook.
+    """
+    mend = "Run `labkit refresh index`"
+    nb = notebook.read(path)
+    found = list(file_findings(path))
+    if nb.metadata.get("labkit", {}).get("code_hash") != notebook.code_hash(nb):
+        found.append(Finding("the outputs are older than the code", mend))
+    if "widgets" in nb.metadata or "papermill" in nb.metadata:
+        found.append(Finding("widget state or papermill's timings are stored", mend))
+    for index, output in notebook.errors(nb):
+        found.append(Finding(f"cell {index} holds the error {output.ename}", mend))
+    checked = notebook.tagged(nb, "nbval-check-output")
+    if not checked or any(not cell.get("execution_count") or not cell.get("outputs") for cell in checked):
+        found.append(Finding("a check cell has no execution count or no output", mend))
+    shown = "".join(
+        str(output.get("data", {}).get("text/plain", ""))
+        for cell in nb.cells
+        for output in cell.get("outputs", [])
+    )
+    if str(gallery.table()) not in shown:
+        found.append(Finding("the table is not that of the committed notebooks", mend))
+    return found
 
 
 def _refresh(paper: papers.Paper) -> str:

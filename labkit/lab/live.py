@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from labkit.lab.runner import RunResult
+    from labkit.lab.result import RunResult
 
 
 class Board:
@@ -21,6 +21,7 @@ class Board:
     def __init__(self, slugs: Sequence[str]) -> None:
         self.slugs = list(slugs)
         self.rows: list[dict[str, Any]] = [{"state": "waiting"} for _ in slugs]
+        self.ended: list[int] = []
         self.lock = threading.Lock()
 
     def start(self, index: int) -> None:
@@ -41,6 +42,7 @@ class Board:
         """A run is over."""
         with self.lock:
             self.rows[index] = {"state": "done", "result": result}
+            self.ended.append(index)
 
     def tick(self) -> None:
         """Called a few times a second."""
@@ -77,7 +79,10 @@ class Lines(Board):
 
 
 class Live(Board):
-    """A table that is redrawn in place."""
+    """A table that is redrawn in place: of many runs those that run, failed or ended last."""
+
+    #: More runs than this are shown in part.
+    tallest = 30
 
     def __init__(self, slugs: Sequence[str]) -> None:
         from rich.live import Live as RichLive
@@ -91,17 +96,28 @@ class Live(Board):
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        for title, side in (("paper", "left"), ("progress", "left"), ("s", "right"), ("peak MB", "right")):
+        for title, side in (("run", "left"), ("progress", "left"), ("s", "right"), ("peak MB", "right")):
             table.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
         table.add_column("verdicts")
         with self.lock:
-            for index, slug in enumerate(self.slugs):
+            for index in self._shown():
                 state, seconds, memory, verdicts = self.cells(index)
                 style = {"waiting": "dim", "done": "green", "unchanged": "green"}.get(state, "")
-                if state in ("failed", "timeout", "died"):
+                if state in ("failed", "timeout", "memory", "died"):
                     style = "bold red"
-                table.add_row(slug, Text(state, style=style), seconds, memory, verdicts)
+                table.add_row(self.slugs[index], Text(state, style=style), seconds, memory, verdicts)
+            if len(self.rows) > self.tallest:
+                done = [row for row in self.rows if row["state"] == "done"]
+                failed = sum(not row["result"].ok for row in done)
+                table.caption = f"{len(done)} of {len(self.rows)} done, {failed} failed"
         return table
+
+    def _shown(self) -> list[int]:
+        if len(self.rows) <= self.tallest:
+            return list(range(len(self.rows)))
+        running = [index for index, row in enumerate(self.rows) if row["state"] == "running"]
+        failed = [index for index in self.ended if not self.rows[index]["result"].ok]
+        return sorted({*running, *failed[-5:], *self.ended[-5:]})
 
     def tick(self) -> None:
         self.view.update(self.table())

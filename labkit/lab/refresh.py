@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit import __version__, papers
-from labkit.lab import claims, notebook, project, runner
+from labkit.lab import claims, gallery, notebook, project, runner
 
 BEGIN, END = "<!-- verdicts: written by `labkit refresh` -->", "<!-- end of verdicts -->"
 _SYMBOL = {"reproduced": "✓", "not reproduced": "✗", "untestable here": "–"}
@@ -59,12 +59,51 @@ def refresh(slug: str, *, timeout: float | None = None, png: bool = True) -> run
             raise RefreshError(f"{slug}: no verdicts were recorded; the notebook must end in run.verdicts()")
         nb = notebook.read(result.notebook)
     settle(nb, paper, result)
+    _draw(nb, png)
+    notebook.write(nb, path)
+    return result
+
+
+def refresh_index(*, timeout: float | None = None, png: bool = True) -> runner.RunResult | None:
+    """Execute the notebook that shows the collection, and write it back clean.
+
+    Parameters
+    ----------
+    timeout, png
+        As for :func:`refresh`.
+
+    Returns
+    -------
+    RunResult, or None if there is no such notebook.
+
+    Raises
+    ------
+    RefreshError
+        If the notebook raises or dies; the committed one is left as it was.
+    """
+    path = project.root() / gallery.INDEX
+    if not path.is_file():
+        return None
+    with tempfile.TemporaryDirectory(prefix="labkit-refresh-") as folder:
+        result = runner.execute(path, folder, {}, timeout=timeout, fresh=True)
+        if not result.ok:
+            message = (result.error or {}).get("message", "")
+            raise RefreshError(f"{gallery.INDEX}: {result.summary()}: {message}. It was left as it was")
+        nb = notebook.read(result.notebook)
+    notebook.strip(nb)
+    nb.metadata.kernelspec = dict(notebook.KERNELSPEC)
+    nb.metadata.labkit = {"slug": "index", "version": __version__, "code_hash": notebook.code_hash(nb)}
+    _draw(nb, png)
+    notebook.write(nb, path)
+    return result
+
+
+def _draw(nb: Any, png: bool) -> None:
+    """Put still twins beside the figures where that is wanted and can be done."""
     if png and importlib.util.find_spec("kaleido") and importlib.util.find_spec("plotly"):
         from labkit.lab import figures
 
         figures.attach_png(nb)
-    notebook.write(nb, path)
-    return result
 
 
 def settle(nb: Any, paper: papers.Paper, result: runner.RunResult) -> None:
@@ -80,6 +119,9 @@ def settle(nb: Any, paper: papers.Paper, result: runner.RunResult) -> None:
         "size": result.parameters["size"],
         "seconds": round(result.seconds),
         "peak_memory_mb": round(result.peak_memory_mb),
+        "seed": result.parameters["seed"],
+        "device": verdicts.get("device", "cpu"),
+        "date": result.finished[:10],
         "claims": [{name: _rounded(claim.get(name)) for name in kept} for claim in verdicts["claims"]],
     }
     for cell in notebook.tagged(nb, "verdict-strip"):

@@ -9,9 +9,10 @@ on (:mod:`labkit.lab.fingerprint`), by which a later call knows what need not be
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,214 +20,48 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from labkit import papers
 from labkit.lab import cache, fingerprint, notebook, project, spacing
+from labkit.lab.parameters import check_parameters, parse_parameters, parse_value, run_key
+from labkit.lab.result import RunResult, load, load_all
 
-SCHEMA = 1
+__all__ = [
+    "TIMEOUTS",
+    "WORKING",
+    "RunResult",
+    "Stopped",
+    "check_parameters",
+    "environment",
+    "execute",
+    "kill_tree",
+    "load",
+    "load_all",
+    "parse_parameters",
+    "parse_value",
+    "plan",
+    "plan_many",
+    "run_key",
+    "run_many",
+    "stop_all",
+    "sweep_leftovers",
+]
+
+T = TypeVar("T")
+
 #: Seconds that a run of each size may take before it is stopped, where the caller names no limit.
 TIMEOUTS: dict[str, float] = {"smoke": 600.0, "laptop": 1200.0, "gpu": 7200.0}
-_WORKING = ".running"
+#: Folder, beside the results, of the runs that are under way.
+WORKING = ".running"
 _live: set[subprocess.Popen[str]] = set()
 _stopped: set[subprocess.Popen[str]] = set()
 
 
 class Stopped(RuntimeError):
     """The run was ended by :func:`stop_all`; nothing is recorded of it."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What became of one run; the content of its ``run.json``.
-
-    Parameters
-    ----------
-    slug : str
-        The paper, or the stem of the notebook where it is not registered.
-    key : str
-        Name of the run within its paper, such as ``"laptop-seed0"``.
-    directory : Path
-        Folder of the run.
-    status : {"ok", "failed", "timeout", "died"}
-        A claim that is not reproduced is no failure: the status says whether the notebook ran to its end.
-    parameters : dict
-        All of them, defaults filled in.
-    seconds, peak_memory_mb : float
-        Wall time with the start of the kernel; resident memory of the kernel and what it started.
-    cells : dict
-        ``{"done": int, "total": int}``.
-    error : dict or None
-        Cell, name, message and last lines of the traceback.
-    fingerprint : str
-        Hash of all that the run depends on.
-    verdicts : dict or None
-        Content of ``verdicts.json``, if the notebook wrote one.
-    attempts : int
-        Two if the first kernel never answered.
-    reused : bool
-        Whether an earlier run was taken instead of running. Not stored.
-    """
-
-    slug: str
-    key: str
-    directory: Path
-    status: str
-    parameters: dict[str, Any]
-    seconds: float
-    peak_memory_mb: float
-    cells: dict[str, int]
-    error: dict[str, Any] | None
-    fingerprint: str
-    verdicts: dict[str, Any] | None = None
-    attempts: int = 1
-    started: str = ""
-    finished: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    reused: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether the notebook ran to its end."""
-        return self.status == "ok"
-
-    @property
-    def notebook(self) -> Path:
-        """The executed notebook."""
-        return self.directory / f"{self.slug}.ipynb"
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many claims got each verdict."""
-        found: dict[str, int] = {}
-        for claim in (self.verdicts or {}).get("claims", []):
-            found[claim["verdict"]] = found.get(claim["verdict"], 0) + 1
-        return found
-
-    def summary(self) -> str:
-        """The verdicts in a few words, or what went wrong.
-
-        Examples
-        --------
-        >>> from pathlib import Path
-        >>> claims = [{"verdict": "reproduced"}] * 5 + [{"verdict": "not reproduced"}]
-        >>> result = RunResult("nacl", "laptop-seed0", Path(), "ok", {}, 1.0, 1.0, {}, None, "", {"claims": claims})
-        >>> result.summary()
-        '5 reproduced, 1 not'
-        """
-        if not self.ok:
-            error = self.error or {}
-            where = f" in cell {error['cell']}" if error.get("cell") is not None else ""
-            what = f": {error['name']}" if error.get("name") and self.status == "failed" else ""
-            return f"{self.status}{where}{what}"
-        words = {"reproduced": "reproduced", "not reproduced": "not", "untestable here": "untestable"}
-        parts = [f"{self.counts[name]} {word}" for name, word in words.items() if name in self.counts]
-        return ", ".join(parts) or "no claims"
-
-    def record(self) -> dict[str, Any]:
-        """The content of ``run.json``."""
-        values = asdict(self)
-        for name in ("directory", "verdicts", "reused"):
-            del values[name]
-        return {"schema": SCHEMA, **values}
-
-
-def load(directory: Path) -> RunResult | None:
-    """Read a run's folder; None if there is no complete record in it."""
-    try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        if record.pop("schema") != SCHEMA:
-            return None
-        verdicts = directory / "verdicts.json"
-        content = json.loads(verdicts.read_text(encoding="utf-8")) if verdicts.exists() else None
-        return RunResult(directory=directory, verdicts=content, **record)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load_all(out: Path) -> list[RunResult]:
-    """All recorded runs under a folder, by paper and key."""
-    found = (load(path.parent) for path in sorted(out.glob("*/*/run.json")))
-    return [run for run in found if run is not None]
-
-
-def check_parameters(paper: papers.Paper | None, path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a run, checked before a kernel starts.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For a name that the paper's registry entry (or, for an unregistered notebook, its parameters cell) does
-        not have, with the nearest one; for a value that is not allowed.
-    """
-    if paper is not None:
-        return paper.check(parameters)
-    known = notebook.parameters(notebook.read(path))
-    for name, value in parameters.items():
-        if name not in known:
-            raise ValueError(f"{path.name} has no parameter {name!r}; {papers.nearest(name, known)}")
-        wanted = type(known[name])
-        if (
-            known[name] is not None
-            and not isinstance(value, wanted)
-            and not (wanted is float and type(value) is int)
-        ):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; a {wanted.__name__} is wanted")
-    return {**known, **parameters}
-
-
-def parse_parameters(paper: papers.Paper, given: Mapping[str, str]) -> dict[str, Any]:
-    """Turn the text of a command line's ``name=value`` into values of the right type, and check them.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name, with the nearest one, or text that is not a value of the parameter's type.
-    """
-    defaults = paper.check({})
-    values = {}
-    for name, text in given.items():
-        if name not in defaults:
-            raise ValueError(f"{paper.slug} has no parameter {name!r}; {papers.nearest(name, defaults)}")
-        values[name] = _parse(name, text, type(defaults[name]))
-    paper.check(values)
-    return values
-
-
-def _parse(name: str, text: str, wanted: type) -> Any:
-    if wanted is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-    else:
-        with contextlib.suppress(ValueError):
-            return wanted(text)
-    choices = ", 'true' or 'false'" if wanted is bool else ""
-    raise ValueError(f"{name}={text!r} is not {'an' if wanted is int else 'a'} {wanted.__name__}{choices}")
-
-
-def run_key(parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Name of a run's folder: size and seed, and a short hash of whatever else differs from the defaults.
-
-    Examples
-    --------
-    >>> run_key({"size": "smoke", "seed": 3}, {"size": "laptop", "seed": 0})
-    'smoke-seed3'
-    """
-    rest = {
-        name: value
-        for name, value in parameters.items()
-        if name not in ("size", "seed") and value != defaults.get(name)
-    }
-    parts = [str(parameters[name]) for name in ("size",) if name in parameters]
-    parts += [f"seed{parameters['seed']}"] if "seed" in parameters else []
-    if rest:
-        parts.append(hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest()[:6])
-    return "-".join(parts) or "default"
 
 
 def environment(size: str, folder: Path) -> dict[str, str]:
@@ -273,13 +108,26 @@ def plan(
     ValueError, TypeError, FileNotFoundError
         As :func:`check_parameters` and :func:`labkit.lab.project.resolve`.
     """
+    results, paper, path = plan_many(slug_or_path, out, [parameters])
+    return results[0], paper, path
+
+
+def plan_many(
+    slug_or_path: str | os.PathLike[str], out: Path, grid: Sequence[Mapping[str, Any]]
+) -> tuple[list[RunResult], papers.Paper | None, Path]:
+    """Check many runs of one notebook, reading it and what it imports once; see :func:`plan`."""
     paper, path = project.resolve(slug_or_path)
-    checked = check_parameters(paper, path, parameters)
-    key = run_key(checked, check_parameters(paper, path, {}))
+    checked = [check_parameters(paper, path, parameters) for parameters in grid]
+    defaults = check_parameters(paper, path, {})
     slug = paper.slug if paper else path.stem
-    digest = fingerprint.of_run(notebook.read(path), checked, paper)
-    folder = out.resolve() / slug / key
-    return RunResult(slug, key, folder, "planned", checked, 0.0, 0.0, {}, None, digest), paper, path
+    nb_hash = fingerprint.of_notebook(notebook.read(path), paper)
+    results = []
+    for values in checked:
+        key = run_key(values, defaults)
+        folder = out.resolve() / slug / key
+        digest = fingerprint.with_parameters(nb_hash, values)
+        results.append(RunResult(slug, key, folder, "planned", values, 0.0, 0.0, {}, None, digest))
+    return results, paper, path
 
 
 def execute(
@@ -289,6 +137,9 @@ def execute(
     *,
     fresh: bool = False,
     timeout: float | None = None,
+    memory: float | None = None,
+    retries: int = 0,
+    begun: int = 0,
     start_timeout: float = 180.0,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> RunResult:
@@ -306,6 +157,13 @@ def execute(
         Run even if the same run is recorded already.
     timeout : float, optional
         Seconds before the run is stopped; by size if not given.
+    memory : float, optional
+        Resident megabytes (10^6 bytes) of the kernel and what it started, above which the run is stopped. They are
+        looked at ten times a second, so a fast allocation may go over for a moment.
+    retries : int
+        How often a run that was killed (its worker or its kernel, not by a limit) is begun again.
+    begun : int
+        How often the run was begun before this call, for its record.
     start_timeout : float
         Seconds that the kernel has to answer for the first time. One that never answers is tried once more.
     on_event : callable, optional
@@ -331,18 +189,26 @@ def execute(
             return _with(earlier, reused=True)
     size = str(planned.parameters.get("size", ""))
     limit = timeout if timeout is not None else TIMEOUTS.get(size)
-    parent = Path(out_dir).resolve() / _WORKING
+    parent = Path(out_dir).resolve() / WORKING
     sweep_leftovers(parent)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    attempts = 0
+    attempts, deaths, silent = begun, 0, False
+    earlier_log: list[str] = []
     while True:
         attempts += 1
-        folder = parent / f"{planned.slug}.{planned.key}.{os.getpid()}.{threading.get_ident()}"
+        stem = f"{os.getpid()}.{threading.get_ident()}.{_host()}"
+        folder = parent / f"{stem}.{planned.slug}.{planned.key}"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / ".scratch" / "runtime").mkdir(parents=True)
         try:
-            done = _carry(folder, path, given, size, limit, start_timeout, on_event)
-            if done["status"] == "never answered" and attempts == 1:
+            done = _carry(folder, path, given, size, limit, memory, start_timeout, on_event)
+            if done["status"] == "never answered" and not silent:
+                silent = True
+                earlier_log.append(f"attempt {attempts}: the kernel never answered")
+                continue
+            if done["status"] == "died" and deaths < retries:
+                deaths += 1
+                earlier_log.append(f"attempt {attempts}: {done['error']['message']}")
                 continue
             result = _with(
                 planned,
@@ -355,11 +221,48 @@ def execute(
                 started=started,
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 versions=fingerprint.versions(),
+                limits={"timeout": limit, "memory_mb": memory},
+                host=platform.node(),
             )
+            if earlier_log:
+                log = folder / "log.txt"
+                last = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+                log.write_text("\n".join([*earlier_log, last]), encoding="utf-8")
             _commit(folder, result)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return load(planned.directory) or result
+
+
+def record_lost(planned: RunResult, attempts: int, message: str) -> RunResult:
+    """Record a run that nothing is left of, because each machine that began it was lost.
+
+    Parameters
+    ----------
+    planned : RunResult
+        As :func:`plan` gives it.
+    attempts : int
+        How often it was begun.
+    message : str
+        What is known of its end.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    error: dict[str, Any] = {"cell": None, "name": "WorkerLost", "message": message, "traceback": []}
+    result = _with(
+        planned, status="died", error=error, attempts=attempts, cells={"done": 0, "total": 0}, finished=now
+    )
+    stem = f"{os.getpid()}.{threading.get_ident()}.{_host()}"
+    folder = planned.directory.parent.parent / WORKING / f"{stem}.{planned.slug}.{planned.key}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text(message + "\n", encoding="utf-8")
+    _commit(folder, result)
+    return result
+
+
+def _host() -> str:
+    """Name of this machine, as part of a file's name: a folder that several machines share tells them apart."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", platform.node()) or "host"
 
 
 def _with(result: RunResult, **changes: Any) -> RunResult:
@@ -374,6 +277,7 @@ def _carry(
     inject: Mapping[str, Any],
     size: str,
     limit: float | None,
+    memory: float | None,
     start_timeout: float,
     on_event: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
@@ -386,6 +290,7 @@ def _carry(
                 "folder": str(folder),
                 "inject": dict(inject),
                 "timeout": limit,
+                "memory": memory,
                 "start_timeout": start_timeout,
             }
         ),
@@ -415,7 +320,10 @@ def _carry(
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                event = json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # the worker was killed in the middle of a line
+                    continue
                 if event["event"] == "done":
                     done = event
                 elif event["event"] == "cell":
@@ -438,6 +346,7 @@ def _carry(
         raise Stopped("the run was stopped")
     if done is not None:
         return done
+    kill_strays(folder)
     tail = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
     seconds = time.monotonic() - started
     return {
@@ -464,9 +373,16 @@ def _commit(folder: Path, result: RunResult) -> None:
     target = result.directory
     target.parent.mkdir(parents=True, exist_ok=True)
     old = folder.with_name(folder.name + ".old")
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
+    for attempt in range(5):
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(old)
+        try:
+            folder.rename(target)
+            break
+        except OSError:  # another machine, taken for lost, put the same run in place at this moment
+            if attempt == 4 or not target.exists():
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -477,9 +393,21 @@ def sweep_leftovers(parent: Path) -> None:
     if not parent.is_dir():
         return
     for folder in parent.iterdir():
-        numbers = [part for part in folder.name.split(".") if part.isdigit()]
-        if not numbers or not psutil.pid_exists(int(numbers[0])):
-            shutil.rmtree(folder, ignore_errors=True)
+        pid, _, host, *_ = [*folder.name.split("."), "", "", ""]
+        if pid.isdigit() and (host != _host() or psutil.pid_exists(int(pid))):
+            continue
+        kill_strays(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_strays(folder: Path) -> None:
+    """Kill whatever of a run is left when its worker was killed: a kernel no longer has a parent to be found by."""
+    import psutil
+
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("LABKIT_RUN_DIR") == str(folder):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def kill_tree(pid: int) -> None:
@@ -496,11 +424,13 @@ def kill_tree(pid: int) -> None:
             member.kill()
 
 
-def stop_all() -> None:
-    """Kill every run that this process has started; none of them is recorded."""
+def stop_all(under: Path | None = None) -> None:
+    """Kill every run that this process has started, or those that work under a folder; none of them is recorded."""
     for process in list(_live):
-        _stopped.add(process)
-        kill_tree(process.pid)
+        spec = Path(str(process.args[-1]))  # type: ignore[index]
+        if under is None or under in spec.parents:
+            _stopped.add(process)
+            kill_tree(process.pid)
 
 
 def run_many(
@@ -557,12 +487,8 @@ def run_many(
     from labkit.lab import live
 
     with live.board([run.slug for run in keys], enabled=table) as board:
-        pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="labkit-run")
-        stopped = threading.Event()
 
-        def one(index: int) -> RunResult | None:
-            if stopped.is_set():
-                return None
+        def one(index: int) -> RunResult:
             board.start(index)
             result = execute(
                 slugs[index],
@@ -575,27 +501,51 @@ def run_many(
             board.finish(index, result)
             return result
 
-        futures: dict[Future[RunResult | None], int] = {
-            pool.submit(one, index): index for index in range(len(slugs))
-        }
-        try:
-            results = {futures[future]: future.result() for future in _completed(futures, board.tick)}
-        except BaseException:
-            stopped.set()
-            for future in futures:
-                future.cancel()
-            while not all(future.done() for future in futures):
-                stop_all()
-                time.sleep(0.05)
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return [result for index in range(len(slugs)) if (result := results[index]) is not None]
+        return in_threads(one, len(slugs), jobs, board.tick)
 
 
-def _completed(
-    futures: Mapping[Future[RunResult | None], int], tick: Callable[[], None]
-) -> Iterator[Future[RunResult | None]]:
+def in_threads(
+    one: Callable[[int], T], count: int, jobs: int, tick: Callable[[], None] = lambda: None
+) -> list[T]:
+    """Call `one` with 0 to `count` - 1, `jobs` at a time; each call runs a notebook in a process of its own.
+
+    Parameters
+    ----------
+    one : callable
+        Carries out a run; an exception ends all others.
+    tick : callable
+        Called a few times a second by the calling thread.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After Ctrl-C, once all kernels are gone.
+    """
+    pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="labkit-run")
+    stopped = threading.Event()
+
+    def unless_stopped(index: int) -> T:
+        if stopped.is_set():
+            raise Stopped("the run was not begun")
+        return one(index)
+
+    futures: dict[Future[T], int] = {pool.submit(unless_stopped, index): index for index in range(count)}
+    try:
+        results = {futures[future]: future.result() for future in _completed(futures, tick)}
+    except BaseException:
+        stopped.set()
+        for future in futures:
+            future.cancel()
+        while not all(future.done() for future in futures):
+            stop_all()
+            time.sleep(0.05)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[index] for index in range(count)]
+
+
+def _completed(futures: Mapping[Future[T], int], tick: Callable[[], None]) -> Iterator[Future[T]]:
     """Yield futures as they finish, calling `tick` in between."""
     pending = set(futures)
     while pending:

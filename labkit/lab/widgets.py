@@ -25,8 +25,8 @@ def panel(
     Parameters
     ----------
     update : callable
-        Called with the value of each control by name; returns a plotly figure, a text, or a pair of both. It should
-        take less than half a second, as it runs at every move.
+        Called with the value of each control by name; returns a plotly figure (or anything with an HTML form, such
+        as a table), a text, or a pair of both. It should take less than half a second, as it runs at every move.
     labels : mapping of str to str, optional
         What a control is called on the page; by default its name, with spaces for underscores.
     **controls
@@ -198,7 +198,8 @@ def _parts(result: Any) -> tuple[Any, str]:
     if isinstance(result, str):
         return None, result
     figure, text = result if isinstance(result, tuple) and len(result) == 2 else (result, "")
-    if not hasattr(figure, "to_plotly_json") or not isinstance(text, str):
+    shown = hasattr(figure, "to_plotly_json") or hasattr(figure, "_repr_html_")
+    if not shown or not isinstance(text, str):
         given = f"a {type(result).__name__}"
         raise TypeError(f"update returned {given}; return a plotly figure, a text, or (figure, text)")
     return figure, text
@@ -207,8 +208,10 @@ def _parts(result: Any) -> tuple[Any, str]:
 def _outputs(figure: Any, text: str) -> list[dict[str, Any]]:
     """Notebook outputs of a draw."""
     bundles: list[dict[str, Any]] = []
-    if figure is not None:
+    if hasattr(figure, "to_plotly_json"):
         bundles.append(look.renderer().to_mimebundle(figure.to_dict()))
+    elif figure is not None:
+        bundles.append({"text/html": figure._repr_html_(), "text/plain": str(figure)})
     if text:
         markup = f'<div style="font-size:14px;line-height:1.5;white-space:pre-wrap">{html.escape(text)}</div>'
         bundles.append({"text/html": markup, "text/plain": text})

@@ -97,23 +97,32 @@ def papermill_execute(
 
 
 class Watch(threading.Thread):
-    """Samples the memory of the kernel's process tree, and ends the run when its time is up.
+    """Samples the memory of the kernel's process tree, and ends the run at a limit of time or memory.
 
     Parameters
     ----------
     timeout : float or None
         Seconds from :meth:`begin` on after which the kernel is killed.
+    memory : float or None
+        Resident megabytes above which it is killed.
     overdue : callable
         Called if the run has not noticed, `grace` seconds later, that its kernel is gone.
     """
 
     def __init__(
-        self, timeout: float | None, overdue: Callable[[], None], grace: float = 10.0, interval: float = 0.1
+        self,
+        timeout: float | None,
+        memory: float | None,
+        overdue: Callable[[], None],
+        grace: float = 10.0,
+        interval: float = 0.1,
     ) -> None:
         super().__init__(daemon=True)
-        self.timeout, self.overdue, self.grace, self.interval = timeout, overdue, grace, interval
+        self.timeout, self.memory, self.overdue = timeout, memory, overdue
+        self.grace, self.interval = grace, interval
         self.peak = 0
-        self.timed_out = False
+        #: Limit that ended the run, ``"timeout"`` or ``"memory"``; empty if none did.
+        self.stopped = ""
         self.finished = threading.Event()
         self._begun: float | None = None
 
@@ -123,16 +132,22 @@ class Watch(threading.Thread):
             self._begun = time.monotonic()
 
     def run(self) -> None:
+        killed = 0.0
         while not self.finished.wait(self.interval):
-            self.peak = max(self.peak, tree_memory())
-            if self.timeout is None or self._begun is None:
+            used = tree_memory()
+            self.peak = max(self.peak, used)
+            now = time.monotonic()
+            if self.stopped:
+                if now - killed > self.grace:
+                    self.overdue()
                 continue
-            elapsed = time.monotonic() - self._begun
-            if elapsed > self.timeout and not self.timed_out:
-                self.timed_out = True
+            if self.memory is not None and used > self.memory * 1e6:
+                self.stopped = "memory"
+            elif self.timeout is not None and self._begun is not None and now - self._begun > self.timeout:
+                self.stopped = "timeout"
+            if self.stopped:
+                killed = now
                 kill_children()
-            if elapsed > self.timeout + self.grace:
-                self.overdue()
 
 
 def tree_memory() -> int:
@@ -205,13 +220,13 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def outcome(error: BaseException | None, timed_out: bool) -> str:
-    """Status of a run from what stopped it: ok, failed, timeout, died, or that the kernel never answered."""
+def outcome(error: BaseException | None, stopped: str) -> str:
+    """Status of a run from what ended it: ok, failed, a limit, died, or that the kernel never answered."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    if timed_out:
-        return "timeout"
+    if stopped:
+        return stopped
     if error is None:
         return "ok"
     if isinstance(error, PapermillExecutionError):
@@ -231,6 +246,9 @@ def main(argument: str) -> None:
     os.dup2(2, 1)  # nothing but events goes to the runner
     threading.Thread(target=_leave_with_runner, daemon=True).start()
     spec = json.loads(Path(argument).read_text(encoding="utf-8"))
+    # Where it is installed, jsonschema imports this checker of internationalised addresses, which builds a grammar
+    # for most of a second. No notebook has such addresses to check; jsonschema does without it.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
     from labkit.lab import notebook
 
@@ -258,11 +276,16 @@ def main(argument: str) -> None:
             watch.finished.set()
             kill_children()
             nb = held.get("nb")
-            status = outcome(error, watch.timed_out)
+            status = outcome(error, watch.stopped)
             failure = None if error is None else {"cell": seen["index"], **describe(error)}
             if status == "timeout":
                 message = f"stopped after the {spec['timeout']:g} s that the run was given"
                 failure = {"cell": seen["index"], "name": "Timeout", "message": message, "traceback": []}
+            elif status == "memory":
+                message = (
+                    f"stopped at {watch.peak / 1e6:.0f} MB; the run was given {spec['memory']:g} MB of memory"
+                )
+                failure = {"cell": seen["index"], "name": "MemoryLimit", "message": message, "traceback": []}
             if nb is not None:
                 notebook.write(notebook.strip(nb), Path(spec["folder"]) / "executed.ipynb")
             emit(
@@ -279,7 +302,7 @@ def main(argument: str) -> None:
             events.close()
             os._exit(0)  # the thread that reads standard input never returns
 
-    watch = Watch(spec["timeout"], overdue=lambda: conclude(None))
+    watch = Watch(spec["timeout"], spec["memory"], overdue=lambda: conclude(None))
     started = time.monotonic()
     watch.start()
     threading.Thread(target=report_memory, daemon=True).start()

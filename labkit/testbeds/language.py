@@ -28,6 +28,7 @@ from labkit.testbeds.models import tiny
 from labkit.testbeds.retrieval import FILLERS, KEYS, SPECIAL, VALUES, RetrievalTask
 from labkit.testbeds.tokenizers import BOS, PAD, encode, from_json, train_bpe
 from labkit.testbeds.training import IGNORED, TrainingLog, train_steps
+from labkit.training.update import updates
 
 TEXT_VOCAB = 512
 VOCAB = retrieval.VOCAB + TEXT_VOCAB
@@ -217,6 +218,6 @@ def language_model(
     model = tiny("llama", width=64, layers=2, heads=4, vocab=VOCAB, rope_theta=1000.0, seed=seed)
     text, _ = streams()
     key = {"seed": seed, "torch": torch.__version__, "text": [len(text), int(text.sum())]}
-    code = [RetrievalTask, untrained, training_batch, _two_losses, train_language_model, train_steps]
+    code = [RetrievalTask, untrained, training_batch, _two_losses, train_language_model, train_steps, updates]
     weights = cached("language", key, build, kind="tensors", code=code, rebuild=retrain)
     return shipped.restore(model, weights), text_tokenizer()

@@ -28,6 +28,7 @@ from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import tiny
 from labkit.testbeds.training import IGNORED, TrainingLog, train_steps
+from labkit.training.update import updates
 
 SPECIAL, KEYS, VALUES, FILLERS = 8, 32, 32, 32
 VOCAB = SPECIAL + KEYS + VALUES + FILLERS
@@ -450,5 +451,5 @@ def load(
         return shipped.state(train_retrieval(seed, kv_heads=kv_heads, progress=progress, **config)[0])
 
     key = {"seed": seed, "kv_heads": kv_heads, "config": config, "torch": torch.__version__}
-    code = [RetrievalTask, copy_batch, _mixed_task, retrieval_model, train_retrieval, train_steps]
+    code = [RetrievalTask, copy_batch, _mixed_task, retrieval_model, train_retrieval, train_steps, updates]
     return shipped.restore(model, cached("retrieval", key, build, kind="tensors", code=code, rebuild=retrain))

@@ -2,8 +2,9 @@
 
 The settings are those that worked on models of 0.1 to 3 million parameters: AdamW with momenta (0.9, 0.95),
 learning rate 3e-3, a short linear warm-up, cosine decay to a tenth, gradients clipped at norm 1, everything
-in float32. `train_steps` is the loop as an iterator, so that a task with its own curriculum can look at every
-step and stop when it likes; `train_lm` is that iterator run to its end on a stream of tokens.
+in float32. `train_steps` gives them to the package's one training step, `labkit.training.updates`, as an iterator,
+so that a task with its own curriculum can look at every step and stop when it likes; `train_lm` is that iterator run
+to its end on a stream of tokens. For checkpoints and several processes see `labkit.training.TrainingLoop`.
 """
 
 from __future__ import annotations
@@ -12,27 +13,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from labkit.testbeds.models import nearest
+from labkit.training.update import Loss, Step, updates
 
 Schedule = Literal["cosine", "constant"]
-Loss = Callable[[PreTrainedModel, Any], torch.Tensor | tuple[torch.Tensor, Any]]
 IGNORED = -100
 """Target value that carries no loss."""
-
-
-class Step(NamedTuple):
-    """What a training step reports: its number, loss, learning rate, and what else the loss function gave."""
-
-    number: int
-    loss: float
-    lr: float
-    extra: Any
 
 
 @dataclass
@@ -175,20 +167,12 @@ def train_steps(
     if not trained:
         raise ValueError("the model has no trainable parameter: every requires_grad is False")
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-    model.train()
-    for index, batch in zip(range(steps), batches, strict=False):
-        rate = schedule(index) if callable(schedule) else learning_rate(index, steps, lr, warmup, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        result = loss(model, batch)
-        value, extra = result if isinstance(result, tuple) else (result, None)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"the loss is {value.item()} at step {index}: lower lr ({lr})")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        yield Step(index, value.item(), rate, extra)
+
+    def rate(index: int) -> float:
+        return schedule(index) if callable(schedule) else learning_rate(index, steps, lr, warmup, schedule)
+
+    single = ([batch] for batch in batches)
+    yield from updates(model, single, optimizer, loss, steps, clip=clip, rate=rate)
 
 
 def windows(

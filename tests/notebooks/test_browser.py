@@ -55,6 +55,27 @@ def test_notebook_runs_and_can_be_dragged(lab, path):
     assert path.read_bytes() == before
 
 
+def test_gallery_is_filtered_by_its_menus(lab):
+    with lab.open(browser.ROOT / "notebooks" / "index.ipynb") as page:
+        page.run_all(timeout=90)
+        assert page.errors() == []
+        papers = page.tab.locator(".widget-output table tbody tr")
+        papers.first.wait_for()
+        everything = papers.count()
+        page.tab.locator(".labkit-control input").fill("no such word")
+        page.tab.keyboard.press("Enter")
+        page.tab.get_by_text("No paper fits.").wait_for()
+        page.tab.locator(".labkit-control input").fill("")
+        page.tab.keyboard.press("Enter")
+        papers.first.wait_for()
+        assert papers.count() == everything
+        # In a gallery the titles open the notebooks.
+        assert page.tab.locator(
+            ".widget-output a[href*='.ipynb'], .widget-output a[data-commandlinker-args]"
+        ).count()
+        assert page.problems == []
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A notebook with one of everything."""
