@@ -305,3 +305,29 @@ def test_the_trainer_runs_the_same_fusion(parts, mha, uneven, ids, tmp_path):
             list(converter.fuse([batch] * 6, lr=1e-3))
         logits.append(converter.collapse()(ids).logits)
     assert torch.allclose(*logits, atol=2e-3)
+
+
+def test_the_lagrangian_by_hand(mha, uneven, ids):
+    converter = DHAConverter(
+        mha, uneven, schedule=FusionSchedule(steps=10, penalty=3.0, dual_rate=0.1, contract=0)
+    )
+    fusion, multiplier = 1.0, 0.0  # the operators are not trained here
+    for k in range(4):
+        excess, weight = fusion - max(0, 1 - k / 7) ** 2, 3 * (1 + k / 5)
+        wanted = multiplier * excess + weight / 2 * max(excess, 0) ** 2
+        assert converter.penalty().item() == pytest.approx(wanted, abs=1e-5)
+        converter.advance()
+        multiplier = max(0, multiplier + 0.1 * weight * excess)
+    assert multiplier > 0.1
+
+
+@torch.no_grad()
+def test_aligned_heads_have_the_mean_norm_of_their_members(mha):
+    groups = HeadGroups.adjacent(2, 4, 2)
+    small = pool_heads(mha, groups, "align")
+    for kind in ("k_proj", "v_proj"):
+        source, merged = (
+            getattr(m.model.layers[1].self_attn, kind).weight.view(-1, 8 * 32).norm(dim=1)
+            for m in (mha, small)
+        )
+        assert torch.allclose(merged, source.view(2, 2).mean(1), rtol=1e-4)

@@ -158,3 +158,16 @@ def test_other_bad_input(ids):
         search_groups(eye, 0.5, joint=True, decoupled=False)
     with pytest.raises(ValueError, match="layers 0, 1"):
         search_groups({1: eye[0]}, 0.5)
+
+
+def test_the_size_penalty_keeps_one_cluster_from_swallowing_all():
+    # A chain: without the penalty, head after head joins the first pair.
+    chain = np.array([0.9, 0.89, 0.88, 0.87, 0.86])
+    matrix = np.eye(6)
+    for i in range(6):
+        for j in range(i):
+            matrix[i, j] = matrix[j, i] = chain[i - 1]
+    groups = [
+        search_groups({0: {"k": matrix, "v": matrix}}, 1 / 3, size_penalty=p).keys[0] for p in (0.0, 0.02)
+    ]
+    assert [sorted(map(len, part)) for part in groups] == [[1, 5], [2, 4]]
