@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from labkit.kv._kernels import compact_kv, proxy_column_sums
+
 SUPPORTED_ATTENTION = (
     "LlamaAttention",
     "MistralAttention",
@@ -18,6 +20,7 @@ SUPPORTED_ATTENTION = (
     "Qwen2MoeAttention",
     "Qwen3Attention",
     "Qwen3MoeAttention",
+    "DHALlamaAttention",
 )
 
 
@@ -73,6 +76,90 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def eviction_heads(module: nn.Module, keys: Tensor) -> int:
+    """Sets of heads in a layer that entries can be evicted for apart.
+
+    A query head needs the same entries of its keys and of its values. With a cache of key-value heads that makes
+    one set for each; with decoupled heads, all that are linked by any query head hold the same entries.
+    """
+    layout: Any = getattr(module, "layout", None)
+    return keys.shape[1] if layout is None else max(layout.site_of_query) + 1
+
+
+def head_scores(
+    module: nn.Module,
+    q: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    causal: bool = True,
+    head_reduction: str = "mean",
+) -> Tensor:
+    """Attention that each key gets from some queries, averaged over the query heads that keep entries together.
+
+    Parameters
+    ----------
+    module : Module
+        One of ``SUPPORTED_ATTENTION``.
+    q : Tensor
+        Queries after rotary embedding, ``(B, H, P, d)``.
+    keys : Tensor
+        Keys of the cache, ``(B, K, n, d)``.
+    positions : Tensor
+        Of the queries, ``(P,)`` or ``(B, P)``.
+    causal : bool, default True
+        Whether a query sees only keys up to its own position.
+    head_reduction : {"mean", "head_index"}, default "mean"
+        As in :func:`labkit.kv.proxy_scores`.
+
+    Returns
+    -------
+    Tensor
+        ``(B, K, n)``, with K as :func:`eviction_heads` counts.
+    """
+    scale: float = module.scaling  # type: ignore[assignment]
+    layout: Any = getattr(module, "layout", None)
+    if layout is None:
+        how = "mean" if head_reduction == "mean" else "none"
+        scores = proxy_column_sums(q, keys, positions, causal=causal, scale=scale, head_reduction=how)
+        return scores[:, : keys.shape[1]] if head_reduction == "head_index" else scores
+    if head_reduction == "head_index":
+        raise ValueError(
+            "head_reduction='head_index' takes the scores of one query head for a key-value head, and decoupled "
+            "heads do not come in such pairs: use 'mean'"
+        )
+    total = torch.zeros(0)
+    count = [layout.site_of_query.count(site) for site in range(eviction_heads(module, keys))]
+    for head in range(keys.shape[1]):
+        queries = [i for i, k in enumerate(layout.key_map) if k == head]
+        # Query heads of one key head belong together, so that the kernel's own mean serves.
+        part = proxy_column_sums(
+            q[:, queries],
+            keys[:, head : head + 1],
+            positions,
+            causal=causal,
+            scale=scale,
+            head_reduction="mean",
+        )
+        if not total.numel():
+            total = part.new_zeros(part.shape[0], len(count), part.shape[2])
+        site = layout.site_of_key[head]
+        total[:, site] += part[:, 0] * (len(queries) / count[site])
+    return total
+
+
+def compacted(module: nn.Module, keys: Tensor, values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep entries ``keep``, ``(B, K, S')`` with K as :func:`eviction_heads` counts, of a layer's cache."""
+    layout: Any = getattr(module, "layout", None)
+    if layout is None:
+        return compact_kv(keys, values, keep)
+    parts = []
+    for x, sites in ((keys, layout.site_of_key), (values, layout.site_of_value)):
+        # Of an empty second tensor, as keys and values differ in their number of heads.
+        parts.append(compact_kv(x, x[..., :0], keep[:, list(sites)])[0])
+    return parts[0], parts[1]
+
+
 @dataclass
 class LayerContext:
     """One attention layer at the end of a prompt, for prompts of equal length and no padding.
@@ -94,6 +181,15 @@ class LayerContext:
     @property
     def n(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of what :meth:`labkit.kv.CachePress.select` returns: B, sets of heads with entries of their own, n."""
+        return self.keys.shape[0], eviction_heads(self.module, self.keys), self.n
+
+    def scores(self, positions: Tensor) -> Tensor:
+        """Attention that each key gets from the queries at ``positions``: ``(B, K, n)``."""
+        return head_scores(self.module, self.queries(positions), self.keys, positions)
 
     def queries(self, positions: Tensor) -> Tensor:
         """Queries at ``positions``, ``(P,)`` or ``(B, P)``, after rotary embedding: ``(B, H, P, d)``."""

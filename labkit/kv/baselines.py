@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from labkit.kv._kernels import proxy_column_sums
 from labkit.kv.attention import LayerContext
 from labkit.kv.nacl import Split, nacl_reasons
 from labkit.kv.press import CachePress
@@ -74,7 +73,7 @@ class StreamingLLMPress(CachePress):
     def select(self, context: LayerContext) -> Tensor:
         budget = self.budget(context.n)
         sink = min(self.sink, budget - 1)
-        flat = torch.zeros(context.keys.shape[:3], device=context.keys.device)
+        flat = torch.zeros(context.shape, device=context.keys.device)
         return top_reasons(flat, budget, sink=sink, recent=budget - sink)
 
 
@@ -82,7 +81,7 @@ class RandomPress(CachePress):
     """Keep tokens drawn evenly at random, other ones in every head and layer."""
 
     def select(self, context: LayerContext) -> Tensor:
-        noise = torch.rand(context.keys.shape[:3], generator=self.generator(context.layer))
+        noise = torch.rand(context.shape, generator=self.generator(context.layer))
         return top_reasons(noise.to(context.keys.device), self.budget(context.n))
 
 
@@ -120,8 +119,7 @@ class H2OPress(CachePress):
 
     def select(self, context: LayerContext) -> Tensor:
         everyone = torch.arange(context.n, device=context.keys.device)
-        scale: float = context.module.scaling  # type: ignore[assignment]
-        scores = proxy_column_sums(context.queries(everyone), context.keys, everyone, scale=scale)
+        scores = context.scores(everyone)
         if self.normalized:
             scores = scores / (context.n - everyone)
         budget = self.budget(context.n)
@@ -165,8 +163,7 @@ class SnapKVPress(CachePress):
     def select(self, context: LayerContext) -> Tensor:
         window = self.window if context.n > self.window else max(1, context.n // 2)
         last = torch.arange(context.n - window, context.n, device=context.keys.device)
-        scale: float = context.module.scaling  # type: ignore[assignment]
-        scores = proxy_column_sums(context.queries(last), context.keys, last, scale=scale) / window
+        scores = context.scores(last) / window
         before = F.avg_pool1d(
             scores[..., :-window].flatten(0, 1)[:, None],
             self.kernel_size,

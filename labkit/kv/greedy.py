@@ -114,6 +114,11 @@ class GreedyEviction(CachePress):
     def _prepared(self, model: Any, modules: list[nn.Module]) -> Iterator[None]:
         from transformers import AttentionInterface
 
+        if any(hasattr(module, "layout") for module in modules):
+            raise ValueError(
+                f"{type(self).__name__} evicts key and value heads in pairs, and {type(model).__name__} has them "
+                "decoupled: use a press that evicts once (NACLPress, H2OPress, SnapKVPress, StreamingLLMPress)"
+            )
         AttentionInterface.register(_NAME, _attention)
         configs: list[Any] = list({id(m.config): m.config for m in modules}.values())
         before = [config._attn_implementation for config in configs]

@@ -34,8 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.kv._kernels import compact_kv
-from labkit.kv.attention import LayerContext, attention_modules, left_alone
+from labkit.kv.attention import (
+    LayerContext,
+    attention_modules,
+    compacted,
+    eviction_heads,
+    left_alone,
+)
 from labkit.kv.budget import budget_of, check_budget
 from labkit.kv.state import (
     RECENT,
@@ -62,7 +67,8 @@ class CachePress:
     """Base of all presses: a budget, and hooks that evict after the prefill.
 
     A press says what to keep by overriding :meth:`select`. Every layer and KV head keeps the same number of
-    entries, so that the cache is really smaller.
+    entries, so that the cache is really smaller. With decoupled heads (:mod:`labkit.kv.dha`) "KV head" stands
+    for a set of key and value heads that are linked by a query head, as these must hold the same entries.
 
     Parameters
     ----------
@@ -300,14 +306,15 @@ class CachePress:
                     ),
                 )
             )  # fmt: skip
-        reason = torch.zeros(rows, layer.keys.shape[1], n, dtype=torch.int8, device=hidden.device)
+        heads = eviction_heads(module, layer.keys)
+        reason = torch.zeros(rows, heads, n, dtype=torch.int8, device=hidden.device)
         for group, context in contexts:
             if self.budget(context.n) >= context.n:
                 part_reason: Tensor | int = RECENT
             else:
                 part_reason = self.select(context)
             reason[group, :, n - context.n :] = part_reason
-        state = self._compact(layer, index, reason, None, kwargs, self._budgets(pads, n))
+        state = self._compact(module, layer, reason, None, kwargs, self._budgets(pads, n))
         if not hasattr(cache, STATE):
             setattr(cache, STATE, {})
         layer_states(cache)[index] = state
@@ -319,8 +326,8 @@ class CachePress:
 
     def _compact(
         self,
+        module: nn.Module,
         layer: Any,
-        index: int,
         reason: Tensor,
         state: LayerState | None,
         kwargs: dict[str, Any],
@@ -328,6 +335,7 @@ class CachePress:
     ) -> LayerState:
         """Keep the entries of ``layer`` with a reason; return the record of what it holds now."""
         rows, heads, n = reason.shape
+        index: int = module.layer_idx  # type: ignore[assignment]
         slots = torch.arange(n, device=reason.device)
         per_head = (reason > 0).sum(-1)  # (B, K)
         counts = per_head[:, 0].tolist()
@@ -338,7 +346,7 @@ class CachePress:
         marked = torch.where(reason > 0, slots, -1)
         keep = marked.topk(length, dim=-1, sorted=True).values.flip(-1)
         if min(counts) < n:
-            layer.keys, layer.values = compact_kv(layer.keys, layer.values, keep.clamp(min=0))
+            layer.keys, layer.values = compacted(module, layer.keys, layer.values, keep.clamp(min=0))
         if state is None:
             columns, seen = keep.int(), n
         else:

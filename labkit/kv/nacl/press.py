@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.kv.attention import LayerContext, query_states
+from labkit.kv.attention import LayerContext, eviction_heads, head_scores, query_states
 from labkit.kv.nacl.config import NACLConfig
-from labkit.kv.nacl.scores import TruncatedShare, resolve_proxies, scores_of
+from labkit.kv.nacl.scores import TruncatedShare, resolve_proxies
 from labkit.kv.nacl.select import nacl_priorities, nacl_reasons
 from labkit.kv.nacl.split import PAPER_TABLE, Split, official_split, paper_split, split_budget
 from labkit.kv.press import CachePress
@@ -136,7 +136,9 @@ class NACLPress(CachePress):
         return resolve_proxies(self.config.proxy_tokens, context.n, context.input_ids)
 
     def _score(self, module: nn.Module, q: Tensor, keys: Tensor, positions: Tensor, causal: bool) -> Tensor:
-        return scores_of(q, keys, positions, causal, self.config.head_reduction, module.scaling)  # type: ignore[arg-type]
+        return head_scores(
+            module, q, keys, positions, causal=causal, head_reduction=self.config.head_reduction
+        )
 
     def select(self, context: LayerContext) -> Tensor:
         positions = self._proxies(context)
@@ -240,7 +242,8 @@ class NACLPress(CachePress):
         ):
             return
         index: int = module.layer_idx  # type: ignore[assignment]
-        reason = torch.zeros(rows, layer.keys.shape[1], length, dtype=torch.int8, device=hidden.device)
+        heads = eviction_heads(module, layer.keys)
+        reason = torch.zeros(rows, heads, length, dtype=torch.int8, device=hidden.device)
         for row, latest in queries.items():
             keys = layer.keys[row : row + 1, :, fill[row] :]
             n = keys.shape[2]
@@ -251,6 +254,6 @@ class NACLPress(CachePress):
             last = torch.arange(latest.shape[1])
             scores = self._score(module, latest[None], keys, last, False)
             reason[row, :, fill[row] :] = self._reasons(scores, state.extra["splits"][row], index)[0]
-        after = self._compact(layer, index, reason, state, arguments, state.budgets)
+        after = self._compact(module, layer, reason, state, arguments, state.budgets)
         after.extra = state.extra
         layer_states(arguments["past_key_values"])[index] = after
