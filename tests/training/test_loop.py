@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -210,8 +211,16 @@ class TestResume:
 
 
 class TestPrecision:
+    @pytest.fixture
+    def fresh_accelerate(self) -> Iterator[None]:
+        """The precision of accelerate is one for the process: forget what another test, or a Trainer, has set."""
+        state = pytest.importorskip("accelerate.state").AcceleratorState
+        state._reset_state(True)
+        yield
+        state._reset_state(True)
+
+    @pytest.mark.usefixtures("fresh_accelerate")
     def test_bfloat16_goes_through_accelerate(self) -> None:
-        pytest.importorskip("accelerate")
         seen = []
 
         def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -219,18 +228,13 @@ class TestPrecision:
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         config = TrainingConfig(steps=3, precision="bf16", device="cpu")
-        try:
-            loop = simple(config, loss=loss)
-            exact = simple(TrainingConfig(steps=3))
-            rounded = [record["loss"] for record in loop.run()]
-            assert isinstance(loop.processes, ManyProcesses)
-            assert loop.unwrapped.weight.dtype == torch.float32
-            assert rounded == pytest.approx([record["loss"] for record in exact.run()], rel=0.02)
-            assert rounded != [record["loss"] for record in exact.history]
-        finally:
-            from accelerate.state import AcceleratorState
-
-            AcceleratorState._reset_state(True)
+        loop = simple(config, loss=loss)
+        exact = simple(TrainingConfig(steps=3))
+        rounded = [record["loss"] for record in loop.run()]
+        assert isinstance(loop.processes, ManyProcesses)
+        assert loop.unwrapped.weight.dtype == torch.float32
+        assert rounded == pytest.approx([record["loss"] for record in exact.run()], rel=0.02)
+        assert rounded != [record["loss"] for record in exact.history]
 
     def test_without_accelerate_the_error_says_what_to_install(self, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "accelerate", None)
