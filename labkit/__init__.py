@@ -11,6 +11,16 @@ from labkit._lazy import attach
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = attach(
-    __name__, {"kernels": [], "kv": [], "lab": [], "papers": [], "testbeds": [], "training": []}
+    __name__,
+    {
+        "finetuning": [],
+        "kernels": [],
+        "kv": [],
+        "lab": [],
+        "moe": [],
+        "papers": [],
+        "testbeds": [],
+        "training": [],
+    },
 )
 __all__ += ["__version__"]
