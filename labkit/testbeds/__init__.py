@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "data": [],
         "language": ["language_model"],
         "models": ["tiny", "tiny_config"],
+        "prose": ["ProseWorld", "prose_model"],
         "recall": ["RecallWorld"],
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
