@@ -93,6 +93,8 @@ class FFNMemory:
         Whether both are stacked over experts, with one more dimension in front.
     bias_of : dict
         Names of biases by the names of their weights.
+    biases : dict
+        The biases themselves by the names of their weights.
     """
 
     layer: int
@@ -104,6 +106,7 @@ class FFNMemory:
     fused: bool = False
     experts: bool = False
     bias_of: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     @property
     def gated(self) -> bool:
@@ -310,12 +313,13 @@ def _memory(path: str, module: nn.Module, layer: int, stack: Stack) -> FFNMemory
         if values is None or len(keys) < len(key_names):
             continue
         listed: list[KeyMatrix] = []
-        biases: dict[str, str] = {}
+        names: dict[str, str] = {}
+        biases: dict[str, nn.Parameter] = {}
         for (name, param, holder), role in keys:
             roles: tuple[Role, ...] = ("gate", "up") if role == "gate_up" else (role,)  # type: ignore[assignment]
             listed += [KeyMatrix(name, param, one) for one in roles]
-            _add_bias(biases, name, holder)
-        _add_bias(biases, values[0], values[2])
+            _add_bias(names, name, holder, biases)
+        _add_bias(names, values[0], values[2], biases)
         experts = values[2] is module
         # Other models interleave gate and up, or stack experts transposed, under the same names.
         first, last = listed[0].param, values[1]
@@ -330,14 +334,20 @@ def _memory(path: str, module: nn.Module, layer: int, stack: Stack) -> FFNMemory
             transposed=type(values[2]).__name__ == "Conv1D",
             fused=len(listed) > len(keys),
             experts=experts,
-            bias_of=biases,
+            bias_of=names,
+            biases=biases,
         )
     return None
 
 
-def _add_bias(biases: dict[str, str], name: str, holder: nn.Module) -> None:
-    if name.endswith(".weight") and holder._parameters.get("bias") is not None:
-        biases[name] = name.removesuffix("weight") + "bias"
+def _add_bias(
+    names: dict[str, str], name: str, holder: nn.Module, biases: dict[str, nn.Parameter] | None = None
+) -> None:
+    bias = holder._parameters.get("bias")
+    if bias is not None and name.endswith(".weight"):
+        names[name] = name.removesuffix("weight") + "bias"
+        if biases is not None:
+            biases[name] = bias
 
 
 def _attention(path: str, module: nn.Module, biases: dict[str, str]) -> Group | None:
