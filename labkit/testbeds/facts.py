@@ -148,6 +148,64 @@ class FactsWorld:
             yield {name: rows[order[:size]] for name, rows in whole.items()}
             order = order[size:]
 
+    def edits(
+        self, count: int = 20, seed: int | None = None, *, neighbours: int = 10
+    ) -> list[dict[str, Any]]:
+        """Draw facts and a wrong object for each, with what is needed to see what an edit does.
+
+        Parameters
+        ----------
+        count : int
+            Facts to change.
+        seed : int, optional
+            Of the draw; the world's by default.
+        neighbours : int
+            Most neighbours an edit: facts of other entities with the same object, none of them drawn.
+
+        Returns
+        -------
+        list of dict
+            The arguments of ``labkit.finetuning.EditRequest``: ``prompt``, ``new``, ``true``, ``subject``,
+            ``paraphrases`` (the second wording, where there is one) and ``neighbours``.
+
+        Raises
+        ------
+        ValueError
+            If the world has not so many facts, or only one object.
+
+        Examples
+        --------
+        >>> edit = FactsWorld(0, templates=2).edits(1)[0]
+        >>> edit["prompt"], edit["true"], edit["new"], len(edit["neighbours"])
+        ([1, 54, 20, 2], [168], [156], 10)
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(self):
+            raise ValueError(f"count must be a whole number in 1..{len(self)}, got {count!r}")
+        if len(self.object_tokens) < 2:
+            raise ValueError("a world with one object has no wrong ones: make it with objects=2 or more")
+        generator = torch.Generator().manual_seed(8_000_000 + (self.seed if seed is None else seed))
+        drawn = torch.randperm(len(self), generator=generator)[:count]
+        free = torch.ones(len(self), dtype=torch.bool).index_fill_(0, drawn, False)
+        wordings = [self.prompts(template) for template in range(self.templates)]
+        edits = []
+        for row in drawn.tolist():
+            entity, _, old = self.facts[row].tolist()
+            shift = int(torch.randint(1, len(self.object_tokens), (), generator=generator))
+            new = (old - OBJECTS.start + shift) % len(self.object_tokens) + OBJECTS.start
+            same = (free & (self.objects == old) & (self.facts[:, 0] != entity)).nonzero()[:, 0]
+            same = same[torch.randperm(len(same), generator=generator)[:neighbours]]
+            edits.append(
+                {
+                    "prompt": wordings[0][row].tolist(),
+                    "new": [new],
+                    "true": [old],
+                    "subject": [entity],
+                    "paraphrases": [other[row].tolist() for other in wordings[1:]],
+                    "neighbours": wordings[0][same].tolist(),
+                }
+            )
+        return edits
+
     @torch.no_grad()
     def recalled(self, model: PreTrainedModel, template: int = 0) -> torch.Tensor:
         """Which facts a model answers: the object is the first of the whole vocabulary, (N,) bool on the CPU."""

@@ -24,7 +24,7 @@ from labkit.finetuning import (
     target_log_probs,
     without_memory,
 )
-from labkit.finetuning.keys_values.requests import pair
+from labkit.finetuning.keys_values.requests import as_pair
 from labkit.finetuning.keys_values.rome import last_subject_token
 from labkit.testbeds.facts import FactsWorld, facts_model
 from labkit.testbeds.models import tiny
@@ -92,13 +92,13 @@ class Words:
 
 
 def test_texts_are_cut_where_the_object_begins() -> None:
-    prompt, target = pair("the tower is in", "Paris", Words())
+    prompt, target = as_pair("the tower is in", "Paris", Words())
     assert len(prompt) == 5
     assert prompt[0] == 1
     assert len(target) == 1
-    spaced = pair("the tower is in ", " Paris", Words())
+    spaced = as_pair("the tower is in ", " Paris", Words())
     assert spaced == (prompt, target)
-    raw = pair("a b", "cd", byte_tokenizer())
+    raw = as_pair("a b", "cd", byte_tokenizer())
     assert byte_tokenizer().decode([*raw.prompt, *raw.target]).endswith("a b cd")
 
 
@@ -491,7 +491,7 @@ def test_misuse_is_refused_before_anything_happens(call: Any, message: str) -> N
         (lambda: edit_by_gradient(nn.Linear(2, 2), OK, "keys"), "must be a transformers PreTrainedModel"),
         (lambda: edit_by_gradient(make("llama"), "Rome", "keys"), "must be an EditRequest or a sequence"),
         (lambda: edit_by_gradient(make("llama"), [OK, "x"], "keys"), "must hold EditRequest, got str"),
-        (lambda: pair("a", [1]), "both as texts or both as token ids"),
+        (lambda: as_pair("a", [1]), "both as texts or both as token ids"),
     ],
 )
 def test_wrong_types(call: Any, message: str) -> None:

@@ -106,3 +106,29 @@ def test_recipe_reaches_its_metric_on_an_unshipped_seed() -> None:
     model, log = facts.train_facts(3)
     assert log.notes["recalled"] == [1.0]
     assert FactsWorld(3).recalled(model).all()
+
+
+def test_edits_are_wrong_and_their_neighbours_untouched() -> None:
+    world = FactsWorld(3, templates=2)
+    edits = world.edits(20)
+    table = {tuple(p): int(o) for p, o in zip(world.prompts().tolist(), world.objects, strict=True)}
+    assert len({tuple(edit["prompt"]) for edit in edits}) == 20
+    drawn = {tuple(edit["prompt"]) for edit in edits}
+    again = dict(zip(map(tuple, world.prompts(0).tolist()), world.prompts(1).tolist(), strict=True))
+    for edit in edits:
+        assert [table[tuple(edit["prompt"])]] == edit["true"] != edit["new"]
+        assert edit["new"][0] in world.object_tokens
+        assert edit["subject"] == edit["prompt"][1:2]
+        assert edit["paraphrases"] == [again[tuple(edit["prompt"])]]
+        assert 0 < len(edit["neighbours"]) <= 10
+        for neighbour in map(tuple, edit["neighbours"]):
+            assert [table[neighbour]] == edit["true"]
+            assert neighbour not in drawn
+            assert neighbour[1] != edit["prompt"][1]
+    assert world.edits(20) == edits
+    assert world.edits(20, seed=4) != edits
+    assert FactsWorld(3).edits(1)[0]["paraphrases"] == []
+    with pytest.raises(ValueError, match=r"1..400, got 401"):
+        world.edits(401)
+    with pytest.raises(ValueError, match="objects=2 or more"):
+        FactsWorld(0, objects=1).edits(1)

@@ -35,7 +35,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "parts": ["KeysOrValues", "TrainedPart", "lora_targets", "target_modules", "train_only"],
-        "requests": ["EditRequest", "target_log_probs"],
+        "requests": ["EditRequest", "as_pair", "target_log_probs", "token_ids"],
         "gradient": ["EditResult", "edit_by_gradient"],
         "rome": ["key_covariance", "rome_edit", "rome_update"],
         "evaluate": ["EditEvaluator", "EditScores", "harmonic_mean"],

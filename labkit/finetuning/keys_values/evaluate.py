@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from labkit.finetuning.keys_values.requests import (
     EditRequest,
     Pair,
+    as_pair,
     check_model,
     check_requests,
-    pair,
     target_log_probs,
 )
 
@@ -134,8 +134,8 @@ class EditEvaluator:
                 self._add("specificity", number, prompt, own, one.new if both else None, tokenizer)
 
     def _add(self, name: str, number: int, prompt: Any, wanted: Any, other: Any, tokenizer: Any) -> None:
-        against = None if other is None else pair(prompt, other, tokenizer)
-        self._asked[name].append((number, pair(prompt, wanted, tokenizer), against))
+        against = None if other is None else as_pair(prompt, other, tokenizer)
+        self._asked[name].append((number, as_pair(prompt, wanted, tokenizer), against))
 
     @torch.no_grad()
     def details(self, model: PreTrainedModel) -> dict[str, list[list[bool]]]:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from labkit.finetuning.keys_values.parts import train_only
 from labkit.finetuning.keys_values.requests import (
     EditRequest,
+    as_pair,
     check_model,
     check_requests,
-    pair,
     target_log_probs,
 )
 
@@ -146,7 +146,7 @@ def edit_by_gradient(
             raise ValueError(f"{name} must be a positive number, got {value!r}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps!r}")
-    pairs = [pair(one.prompt, one.new, tokenizer) for one in listed]
+    pairs = [as_pair(one.prompt, one.new, tokenizer) for one in listed]
     start = time.process_time()
     was_training = model.training
     losses: list[float] = []

@@ -76,11 +76,33 @@ class Pair(NamedTuple):
     target: list[int]
 
 
-def pair(prompt: Text, target: Text, tokenizer: Any = None) -> Pair:
+def as_pair(prompt: Text, target: Text, tokenizer: Any = None) -> Pair:
     """Turn a prompt and an object into token ids.
 
     A text and an object after it are tokenized together and cut where they first differ from the text alone, because
     many tokenizers write the space between them as part of the next word.
+
+    Parameters
+    ----------
+    prompt, target : str or token ids
+        Both texts or both ids.
+    tokenizer : transformers tokenizer, optional
+        Needed for texts.
+
+    Returns
+    -------
+    Pair
+        ``prompt`` and ``target``, lists of ids.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a text beside ids, or a text without a tokenizer.
+
+    Examples
+    --------
+    >>> as_pair([1, 2], [3])
+    Pair(prompt=[1, 2], target=[3])
     """
     if isinstance(prompt, str) != isinstance(target, str):
         raise TypeError("give prompt and object both as texts or both as token ids")
@@ -97,7 +119,18 @@ def pair(prompt: Text, target: Text, tokenizer: Any = None) -> Pair:
 
 
 def token_ids(text: Text, tokenizer: Any = None, *, special: bool = True) -> list[int]:
-    """Token ids of a text, without a closing end-of-sequence token."""
+    """Token ids of a text, without a closing end-of-sequence token; ids are handed through.
+
+    Raises
+    ------
+    ValueError
+        For a text without a tokenizer.
+
+    Examples
+    --------
+    >>> token_ids([1, 2])
+    [1, 2]
+    """
     if not isinstance(text, str):
         return list(map(int, text))
     if tokenizer is None:

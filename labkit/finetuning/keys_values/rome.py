@@ -33,8 +33,8 @@ from labkit.finetuning.keys_values.requests import (
     EditRequest,
     Pair,
     Text,
+    as_pair,
     check_model,
-    pair,
     target_log_probs,
     token_ids,
 )
@@ -313,7 +313,7 @@ def rome_edit(
     if place not in ("subject", "last"):
         raise ValueError(f"place must be 'subject' or 'last', got {place!r}")
     memory = _memory(model, layer)
-    bare = pair(request.prompt, request.new, tokenizer)
+    bare = as_pair(request.prompt, request.new, tokenizer)
     at = len(bare.prompt) - 1 if place == "last" else _subject_place(request, bare.prompt, tokenizer)
     before = [[], *(token_ids(text, tokenizer, special=False) for text in prefixes)]
     # What opens every text (BOS) stays in front of a prefix.
