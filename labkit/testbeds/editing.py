@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class EditingWorld:
     tokenizer: Any
     word: Callable[[int], str]
 
+    def show(self, text: str | Sequence[int]) -> str:
+        """A text as it is, or token ids as words."""
+        return text if isinstance(text, str) else " ".join(map(self.word, text))
+
 
 def editing_world(
     model: str = "llama", seed: int = 0, edits: int = 20, device: torch.device | str = "cpu"
@@ -62,8 +66,8 @@ def editing_world(
     Examples
     --------
     >>> world = editing_world("gpt_neox", seed=1, edits=3)
-    >>> len(world.edits), world.word(world.edits[0]["subject"][0]).startswith("entity")
-    (3, True)
+    >>> len(world.edits), world.show([1, 40, 21, 2])
+    (3, 'BOS entity10 relation1 SEP')
     """
     if model in FAMILIES:
         facts = FactsWorld(seed, templates=2)
