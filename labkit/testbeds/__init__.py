@@ -7,12 +7,15 @@ __getattr__, __dir__, __all__ = attach(
     {
         "corpus": ["split", "stdlib_text"],
         "data": [],
+        "editing": ["EditingWorld", "editing_world"],
+        "facts": ["FactsWorld", "facts_model"],
         "language": ["language_model"],
         "models": ["tiny", "tiny_config"],
         "prose": ["ProseWorld", "prose_model"],
         "recall": ["RecallWorld"],
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
+        "signatures": ["Signature", "signature_edits", "signature_facts"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
         "training": [
             "TrainingLog",
