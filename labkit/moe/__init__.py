@@ -4,5 +4,6 @@ from labkit._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {},
+    {
+    },
 )
