@@ -5,6 +5,14 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "hft": [
+            "HalfFineTuningCallback",
+            "HalfMask",
+            "HalfSelector",
+            "check_optimizer",
+            "half_finetuning",
+            "half_reset_",
+        ],
         "sequential": [
             "GEM",
             "Method",
