@@ -23,5 +23,6 @@ __getattr__, __dir__, __all__ = attach(
             "gem_projection",
             "sequential_finetune",
         ],
+        "anatomy": ["FFNMemory", "LayerMatrices", "ffn_parts", "layer_matrices"],
     },
 )

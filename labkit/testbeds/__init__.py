@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "corpus": ["split", "stdlib_text"],
         "data": [],
         "digits": ["DigitTask", "digits_model", "token_accuracy"],
+        "facts": ["FactsWorld", "facts_model"],
         "language": ["language_model"],
         "models": ["tiny", "tiny_config"],
         "recall": ["RecallWorld"],

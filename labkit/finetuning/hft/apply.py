@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,7 +18,9 @@ _STAGES: weakref.WeakKeyDictionary[nn.Module, set[tuple[HalfSelector, int]]] = w
 
 
 @contextmanager
-def half_finetuning(model: nn.Module, selector: HalfSelector | HalfMask, stage: int = 0) -> Iterator[HalfMask]:
+def half_finetuning(
+    model: nn.Module, selector: HalfSelector | HalfMask, stage: int = 0
+) -> Iterator[HalfMask]:
     """Within the context only the stage's half of a model requires a gradient.
 
     Make the optimizer inside, from ``mask.parameters(model)``, and wrap or prepare the model inside.
@@ -64,7 +65,9 @@ def half_finetuning(model: nn.Module, selector: HalfSelector | HalfMask, stage: 
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         _apply(model, mask, before)
-        _warn_of_checkpointing(model, getattr(model, "is_gradient_checkpointing", False))
+        _warn_of_checkpointing(
+            model, any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        )
         yield mask
     finally:
         for name, parameter in model.named_parameters():

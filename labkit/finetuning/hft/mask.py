@@ -61,7 +61,7 @@ class HalfMask(Mapping[str, bool]):
     >>> mask["lm_head.weight"], len(mask), sum(mask.values())
     (True, 21, 12)
     >>> round(mask.trainable_fraction, 3)
-    0.589
+    0.629
     """
 
     def __init__(self, entries: Mapping[str, Entry], settings: Mapping[str, Any] | None = None) -> None:

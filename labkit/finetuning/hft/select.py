@@ -161,9 +161,7 @@ class HalfSelector:
                 frozen += rng.sample(category.units, n - fewest - (position in lucky))
         return frozen
 
-    def _rest_of_layers(
-        self, model: nn.Module, frozen: set[str], categories: Sequence[Category]
-    ) -> set[str]:
+    def _rest_of_layers(self, model: nn.Module, frozen: set[str], categories: Sequence[Category]) -> set[str]:
         """What else lies in the frozen layers, but for routers and position biases."""
         drawn = {(c.layer, c.stack) for c in categories if c.units and c.units[0][0] in frozen}
         rest: set[str] = set()
@@ -185,7 +183,9 @@ def find_categories(model: nn.Module) -> list[Category]:
     feedforward: dict[tuple[int, str], list[tuple[str, list[str], dict[str, str]]]] = {}
     for memory in ffn_parts(model):
         names = list(dict.fromkeys([*(key.name for key in memory.keys), memory.values.name]))
-        feedforward.setdefault((memory.layer, memory.stack), []).append((memory.module, names, memory.bias_of))
+        feedforward.setdefault((memory.layer, memory.stack), []).append(
+            (memory.module, names, memory.bias_of)
+        )
     for layer in layer_matrices(model):
         where = (layer.layer, layer.stack)
 
@@ -202,7 +202,11 @@ def find_categories(model: nn.Module) -> list[Category]:
         for parts in sharing.values():
             columns = zip(*(names for _, names, _ in parts), strict=True)
             units = tuple(
-                tuple(name for own, (_, _, biases) in zip(column, parts, strict=True) for name in unit(own, biases))
+                tuple(
+                    name
+                    for own, (_, _, biases) in zip(column, parts, strict=True)
+                    for name in unit(own, biases)
+                )
                 for column in columns
             )
             found.append(Category("ffn", *where, units))
@@ -214,7 +218,9 @@ def find_categories(model: nn.Module) -> list[Category]:
 def check_stage(stage: int) -> None:
     """Raise unless a stage is a whole number from 0."""
     if isinstance(stage, bool) or not isinstance(stage, int) or stage < 0:
-        raise ValueError(f"stage must be a whole number from 0, one for each stage of training; got {stage!r}")
+        raise ValueError(
+            f"stage must be a whole number from 0, one for each stage of training; got {stage!r}"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -232,7 +238,9 @@ def check_model(model: nn.Module) -> None:
             "adapters are no half of it. Apply it before get_peft_model, or merge_and_unload first"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("DDP has fixed what is trained: select the half before the model is wrapped or prepared")
+        raise ValueError(
+            "DDP has fixed what is trained: select the half before the model is wrapped or prepared"
+        )
     integers = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if integers:
         raise ValueError(
