@@ -5,5 +5,15 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "sequential": [
+            "GEM",
+            "Method",
+            "Replay",
+            "ScoreMatrix",
+            "Task",
+            "combine",
+            "gem_projection",
+            "sequential_finetune",
+        ],
     },
 )

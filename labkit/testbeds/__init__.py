@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "corpus": ["split", "stdlib_text"],
         "data": [],
+        "digits": ["DigitTask", "digits_model", "token_accuracy"],
         "language": ["language_model"],
         "models": ["tiny", "tiny_config"],
         "recall": ["RecallWorld"],
