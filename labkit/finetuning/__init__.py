@@ -5,6 +5,19 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "migu": [
+            "EWC",
+            "MIGU",
+            "IncLoRA",
+            "MIGUCallback",
+            "MIGUOptimizer",
+            "OLoRA",
+            "RandomRowMask",
+            "magnitude_mask",
+            "mask_overlap",
+            "signature",
+            "signature_distance",
+        ],
         "sequential": [
             "GEM",
             "Method",

@@ -169,7 +169,7 @@ class ClassificationTask:
     batch_size: int = 32
     steps: int = 120
 
-    def batch(self, rows: torch.Tensor) -> dict[str, Any]:
+    def batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Give training examples as keyword arguments of a causal language model.
 
         Parameters
@@ -180,18 +180,15 @@ class ClassificationTask:
         Returns
         -------
         dict
-            ``input_ids`` (B, 35), the label word last; ``labels`` (B, 2) of the last two positions, where only the
-            label word carries loss; and ``logits_to_keep=2``, so that the head is computed there alone.
+            ``input_ids`` (B, 35), the label word last; ``labels`` (B, 35), where only the label word carries loss.
         """
         inputs, targets = self.inputs[rows], self.targets[rows]
-        labels = torch.stack([torch.full_like(targets, IGNORED), targets], 1)
         return {
             "input_ids": torch.cat([inputs, targets[:, None]], 1),
-            "labels": labels,
-            "logits_to_keep": 2,
+            "labels": torch.cat([torch.full_like(inputs, IGNORED), targets[:, None]], 1),
         }
 
-    def batches(self, seed: int = 0) -> Iterator[dict[str, Any]]:
+    def batches(self, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         """Yield endless batches; every pass over the training examples is shuffled anew.
 
         Examples
@@ -242,6 +239,15 @@ class ClassificationTask:
         """Write out a training example."""
         names = vocabulary()
         return " ".join(names[token] for token in [*self.inputs[row].tolist(), int(self.targets[row])])
+
+
+def label_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss of the label words, as the model's own, with the head computed at their positions alone.
+
+    The head is most of this model: training takes a third of the time.
+    """
+    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=2).logits[:, 0]  # (B, V)
+    return torch.nn.functional.cross_entropy(logits, batch["labels"][:, -1])
 
 
 class StdlibTasks:

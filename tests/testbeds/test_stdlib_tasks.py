@@ -50,8 +50,8 @@ def test_batches_repeat_by_seed_and_pass_over_all_examples(world: StdlibTasks) -
     first = next(one)
     assert torch.equal(first["input_ids"], next(other)["input_ids"])
     assert not torch.equal(first["input_ids"], next(third)["input_ids"])
-    assert torch.equal(first["labels"][:, 1], first["input_ids"][:, -1])
-    assert (first["labels"][:, 0] == IGNORED).all()
+    assert torch.equal(first["labels"][:, -1], first["input_ids"][:, -1])
+    assert (first["labels"][:, :-1] == IGNORED).all()
     rows = torch.cat([first["input_ids"], *(next(one)["input_ids"] for _ in range(46))])[:1500]
     wanted = torch.cat([task.inputs, task.targets[:, None]], 1)
     assert sorted(rows.tolist()) == sorted(wanted.tolist())
@@ -62,6 +62,7 @@ def test_loss_of_a_batch_is_that_of_the_label_word_alone(world: StdlibTasks) -> 
     batch = world.tasks[0].batch(torch.arange(6))
     logits = model(input_ids=batch["input_ids"]).logits[:, -2]
     wanted = torch.nn.functional.cross_entropy(logits, world.tasks[0].targets[:6])
+    assert float(stdlib_tasks.label_loss(model, batch).detach()) == pytest.approx(float(wanted.detach()))
     assert float(model(**batch).loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
