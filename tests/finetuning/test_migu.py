@@ -379,7 +379,7 @@ def test_threshold_must_be_a_share(threshold: Any) -> None:
 
 def test_settings_that_fit_nothing_are_refused() -> None:
     model = tiny("llama", vocab=64, seed=0)
-    with pytest.raises(ValueError, match='mask must be "gradient".*got \'weights\''):
+    with pytest.raises(ValueError, match="mask must be \"gradient\".*got 'weights'"):
         MIGU(model, mask="weights")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"called 'lmhead'; did you mean 'lm_head'\? There are down_proj"):
         MIGU(model, skip=("lmhead",))
