@@ -12,6 +12,18 @@ __getattr__, __dir__, __all__ = attach(
             "check_optimizer",
             "half_finetuning",
             "half_reset_",
+        "migu": [
+            "EWC",
+            "MIGU",
+            "IncLoRA",
+            "MIGUCallback",
+            "MIGUOptimizer",
+            "OLoRA",
+            "RandomRowMask",
+            "magnitude_mask",
+            "mask_overlap",
+            "signature",
+            "signature_distance",
         ],
         "sequential": [
             "GEM",

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
+        "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [
             "TrainingLog",
             "bits_per_byte",
