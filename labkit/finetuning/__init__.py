@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
             "check_optimizer",
             "half_finetuning",
             "half_reset_",
+        ],
         "migu": [
             "EWC",
             "MIGU",
