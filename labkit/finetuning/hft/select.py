@@ -255,7 +255,8 @@ def _embeddings(model: nn.Module) -> dict[str, set[str]]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and not any(part.isdigit() for part in path.split(".")):
             ends.setdefault(id(module.weight), set()).add("input")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    finder: Any = getattr(model, "get_output_embeddings", None)
+    head = finder() if callable(finder) else None
     if head is not None:
         for parameter in head.parameters():
             ends.setdefault(id(parameter), set()).add("output")
