@@ -50,6 +50,7 @@ def half_finetuning(
 
     Examples
     --------
+    >>> import torch
     >>> from labkit.testbeds.models import tiny
     >>> model = tiny("llama", layers=2)
     >>> with half_finetuning(model, HalfSelector(), stage=0) as mask:
@@ -88,7 +89,8 @@ def check_optimizer(optimizer: Any) -> None:
 
     Examples
     --------
-    >>> layer = nn.Linear(2, 2)
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 2)
     >>> optimizer = torch.optim.AdamW(layer.parameters())
     >>> _ = layer.weight.requires_grad_(False)
     >>> check_optimizer(optimizer)
