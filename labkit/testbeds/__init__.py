@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "corpus": ["split", "stdlib_text"],
         "data": [],
         "editing": ["EditingWorld", "editing_world"],
+        "digits": ["DigitTask", "digits_model", "token_accuracy"],
         "facts": ["FactsWorld", "facts_model"],
         "language": ["language_model"],
         "models": ["tiny", "tiny_config"],
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         "shipped": [],
         "signatures": ["Signature", "signature_edits", "signature_facts"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
+        "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [
             "TrainingLog",
             "bits_per_byte",

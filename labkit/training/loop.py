@@ -151,6 +151,8 @@ class TrainingLoop:
         Gets each record of the log, on the main process.
     processes : OneProcess, optional
         ``ManyProcesses(accelerator)`` for an `accelerate.Accelerator` of your own.
+    before_step, after_step : callable, optional
+        Rules on gradients and weights, see `updates`.
 
     Attributes
     ----------
@@ -202,6 +204,8 @@ class TrainingLoop:
         state: Mapping[str, Any] | None = None,
         on_record: Callable[[dict[str, Any]], None] | None = None,
         processes: OneProcess | None = None,
+        before_step: Callable[[nn.Module], Any] | None = None,
+        after_step: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None,
     ) -> None:
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("the optimizer has no trainable parameter: every requires_grad is False")
@@ -209,6 +213,7 @@ class TrainingLoop:
         self.data, self.loss, self.weight, self.evaluate = data, loss, weight, evaluate
         self.state = dict(state or {})
         self.on_record = on_record
+        self.before_step, self.after_step = before_step, after_step
         self.directory = Path(directory) if directory is not None else None
         self.processes = processes or choose(
             config.precision,
@@ -257,6 +262,8 @@ class TrainingLoop:
             scheduler=self.scheduler,
             weight=self.weight,
             processes=self.processes,
+            before_step=self.before_step,
+            after_step=self.after_step,
         )
         for step in course:
             self.step = step.number + 1

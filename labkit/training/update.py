@@ -48,6 +48,8 @@ def updates(
     scheduler: Any = None,
     weight: Weight | None = None,
     processes: OneProcess | None = None,
+    before_step: Callable[[nn.Module], Any] | None = None,
+    after_step: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None,
 ) -> Iterator[Step]:
     """Update a model once a yielded step.
 
@@ -74,6 +76,11 @@ def updates(
     weight : callable, optional
         ``weight(batch)``: how many terms the micro-batch's mean is over.
     processes : OneProcess, optional
+    before_step : callable, optional
+        ``before_step(model)`` with the model without wrappers, when the whole gradient of the update is there, before
+        it is clipped: for rules that mask or project gradients.
+    after_step : callable, optional
+        ``after_step(model, optimizer)``, right after the update.
 
     Yields
     ------
@@ -122,8 +129,12 @@ def updates(
         means = (processes.total(sums) / processes.world).tolist()
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"the loss is {means[0]} at step {number}: lower lr ({lr})")
+        if before_step is not None:
+            before_step(processes.unwrap(model))
         norm = math.nan if clip is None else float(processes.clip(trained, clip))
         optimizer.step()
+        if after_step is not None:
+            after_step(processes.unwrap(model), optimizer)
         if scheduler is not None and not getattr(optimizer, "step_was_skipped", False):
             scheduler.step()
         if names:

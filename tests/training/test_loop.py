@@ -79,6 +79,27 @@ class TestUpdate:
         with pytest.raises(ValueError, match="2 micro-batches of this step have weight 0"):
             loop.run()
 
+    def test_hooks_see_the_whole_gradient_before_clipping_and_the_update(self) -> None:
+        seen = []
+
+        def before(model: nn.Module) -> None:
+            seen.append(float(model.weight.grad.norm()))
+            model.weight.grad[:, 0] = 0.0
+
+        def after(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            seen.append((model.weight - start).abs().gt(0).tolist())
+
+        loop = simple(
+            TrainingConfig(steps=1, accumulate=2, clip=1e-3),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            before_step=before,
+            after_step=after,
+        )
+        start = loop.model.weight.detach().clone()
+        loop.run()
+        assert seen[0] > 0.1
+        assert seen[1] == [[False, True, True]]
+
     def test_a_loss_that_is_not_finite_leaves_the_weights(self) -> None:
         loop = simple(TrainingConfig(steps=1), loss=lambda m, x: m(x).mean() * float("inf"))
         before = loop.model.weight.clone()
