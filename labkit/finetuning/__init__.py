@@ -5,5 +5,24 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "beamlora": [
+            "BeamEvent",
+            "BeamLinear",
+            "BeamLoraConfig",
+            "BeamScheduler",
+            "BeamSearchCallback",
+            "BeamVariant",
+            "beam_scores",
+            "beam_threshold",
+            "expand",
+            "fold_",
+            "importances",
+            "load_beam_adapter",
+            "prune_counts",
+            "pruned_and_top",
+            "rank_importance",
+            "save_beam_adapter",
+            "silenced",
+        ],
     },
 )
