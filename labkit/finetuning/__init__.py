@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
             "BeamScheduler",
             "BeamSearchCallback",
             "BeamVariant",
+            "RankHistory",
             "beam_scores",
             "beam_threshold",
             "expand",

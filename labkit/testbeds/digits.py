@@ -34,8 +34,8 @@ from transformers import PreTrainedModel
 from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import nearest, tiny
-from labkit.testbeds.training import IGNORED, train_steps
-from labkit.training.update import updates
+from labkit.testbeds.training import IGNORED, learning_rate, train_steps
+from labkit.training.update import Step, updates
 
 PAD, BOS, SEP, FIRST_TASK, FIRST_DIGIT = 0, 1, 2, 3, 10
 VOCAB = 20
@@ -207,6 +207,54 @@ def held_out_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
     model.train(was_training)
     targets = batch["labels"][:, 1:].to(device)
     return float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED))
+
+
+def adapt(
+    model: nn.Module,
+    task: DigitTask,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    lr: float,
+    batch: int = 16,
+    seed: int = 0,
+    warmup: float = 0.03,
+) -> Iterator[Step]:
+    """Train what the optimizer holds on a task, one yielded update at a time.
+
+    Gradients are clipped at norm 1; the learning rate warms up and falls to a tenth along a cosine.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model with an adapter, or without.
+    task : DigitTask
+    optimizer : torch.optim.Optimizer
+    steps, batch, seed : int
+        Updates, rows of each, and seed of the data.
+    lr, warmup : float
+        Peak, and share of the run before it.
+
+    Yields
+    ------
+    Step
+        After the update; what the caller does then comes before the next one.
+
+    Examples
+    --------
+    >>> model = digits_model(0)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> losses = [step.loss for step in adapt(model, DigitTask("rotate"), optimizer, 30, lr=1e-3)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def rate(step: int) -> float:
+        return learning_rate(step, steps, lr, warmup)
+
+    batches = ([rows] for rows in task.batches(batch, seed))
+    yield from updates(model, batches, optimizer, answer_loss, steps, rate=rate)
+    model.eval()
 
 
 def train_digits_model(

@@ -55,6 +55,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "callback": ["BeamSearchCallback"],
         "config": ["BeamLoraConfig"],
+        "history": ["RankHistory"],
         "layer": ["BeamLinear", "BeamVariant"],
         "rule": ["beam_scores", "beam_threshold", "expand", "prune_counts", "pruned_and_top"],
         "schedule": ["BeamEvent", "BeamScheduler"],
