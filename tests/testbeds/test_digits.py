@@ -93,3 +93,18 @@ def test_bad_input() -> None:
         digits_model(0, ["sort", "sort"])
     with pytest.raises(ValueError, match="one or more different ones"):
         digits_model(0, [])
+
+
+def test_adapting_teaches_a_new_task() -> None:
+    model, task = digits_model(0), DigitTask("rotate")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    before = token_accuracy(model, task.examples())
+    steps = list(digits.adapt(model, task, optimizer, 60, lr=3e-3, seed=1))
+    assert [step.number for step in steps] == list(range(60))
+    assert steps[1].lr == max(step.lr for step in steps)
+    assert not model.training
+    assert token_accuracy(model, task.examples()) > before + 0.3
+    batch = task.examples(64)
+    assert digits.held_out_loss(model, batch) == pytest.approx(
+        float(answer_loss(model, batch).detach()), rel=1e-4
+    )

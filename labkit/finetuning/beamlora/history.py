@@ -47,7 +47,7 @@ class RankHistory:
     >>> history.record(8)
     >>> history.replay(p0=0.5, every=8, end=20, total_steps=24)
        step                           module  count
-    0     8  model.layers.0.self_attn.q_proj      1
+    0     8  model.layers.0.self_attn.q_proj      2
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
