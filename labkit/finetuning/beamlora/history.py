@@ -113,7 +113,7 @@ class RankHistory:
         return pd.DataFrame(rows, columns=["step", "module", "count"])
 
     def bars(self, step: int, events: Sequence[BeamEvent] = (), only: str = "") -> go.Figure:
-        """A bar per rank at a logged step; at an event, what falls and what is copied in colours of their own.
+        """A bar per rank at a logged step; at an event, what falls, what is copied, and from where to where.
 
         Parameters
         ----------
@@ -127,7 +127,7 @@ class RankHistory:
 
         event = next((e for e in events if e.step == step), None)
         states: dict[str, Any] = {"stays": [], "is copied": [], "falls": []}
-        modules, slots = [], []
+        modules, slots, notes = [], [], []
         for name, scores in self.scores(step).items():
             if only not in name:
                 continue
@@ -139,13 +139,22 @@ class RankHistory:
                     heights.append(round(score, 3) if label == state else None)
                 modules.append(name.split(".")[-1].removesuffix("_proj"))
                 slots.append(rank + 1)
+                filled = (
+                    dict(zip(event.pruned[name], event.sources[name], strict=True))
+                    if fallen and event
+                    else {}
+                )
+                notes.append(f"←{filled[rank] + 1}" if filled else "")
         inks = {"stays": "#8FA9C4", "is copied": "#0072B2", "falls": "#D55E00"}
         figure = go.Figure(
             [
-                go.Bar(x=[modules, slots], y=heights, name=label, marker_color=inks[label])
+                go.Bar(
+                    x=[modules, slots], y=heights, name=label, marker_color=inks[label], cliponaxis=False,
+                    text=notes if label == "falls" else None, textposition="outside", textfont={"size": 11},
+                )
                 for label, heights in states.items()
             ]
-        )
+        )  # fmt: skip
         note = f": {event.count} ranks of the model fall, p = {event.p:.3f}" if event else ""
         return figure.update_layout(
             barmode="overlay",

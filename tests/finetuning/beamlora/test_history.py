@@ -63,6 +63,9 @@ def test_bars_show_every_rank_once_in_the_state_of_its_event(run) -> None:
     pruned = sum(len(v) for name, v in event.pruned.items() if "layers.1." in name)
     copied = {(n, r) for n, v in event.sources.items() if "layers.1." in n for r in v}
     assert shown == {"falls": pruned, "is copied": len(copied), "stays": 28 - pruned - len(copied)}
+    falls = next(trace for trace in figure.data if trace.name == "falls")
+    arrows = [int(text[1:]) - 1 for text in falls.text if text]
+    assert arrows == [r for n, v in event.sources.items() if "layers.1." in n for r in v]
     assert f"{event.count} ranks of the model fall" in figure.layout.title.text
     assert "fall" not in history.bars(1).layout.title.text
 
