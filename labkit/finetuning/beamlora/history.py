@@ -127,40 +127,50 @@ class RankHistory:
 
         event = next((e for e in events if e.step == step), None)
         states: dict[str, Any] = {"stays": [], "is copied": [], "falls": []}
-        modules, slots, notes = [], [], []
+        places: list[int] = []
+        ranks, notes, names = [], [], []
         for name, scores in self.scores(step).items():
             if only not in name:
                 continue
+            start = places[-1] + 2 if places else 0  # a gap between modules
+            names.append((start + (len(scores) - 1) / 2, name.split(".")[-1].removesuffix("_proj")))
+            filled = (
+                dict(zip(event.pruned.get(name, []), event.sources.get(name, []), strict=True))
+                if event
+                else {}
+            )
             for rank, score in enumerate(scores.tolist()):
-                fallen = event is not None and rank in event.pruned.get(name, [])
-                copied = event is not None and rank in event.sources.get(name, [])
-                state = "falls" if fallen else "is copied" if copied else "stays"
+                state = "falls" if rank in filled else "is copied" if rank in filled.values() else "stays"
                 for label, heights in states.items():
                     heights.append(round(score, 3) if label == state else None)
-                modules.append(name.split(".")[-1].removesuffix("_proj"))
-                slots.append(rank + 1)
-                filled = (
-                    dict(zip(event.pruned[name], event.sources[name], strict=True))
-                    if fallen and event
-                    else {}
-                )
-                notes.append(f"←{filled[rank] + 1}" if filled else "")
+                places.append(start + rank)
+                ranks.append(str(rank + 1))
+                notes.append(f"←{filled[rank] + 1}" if rank in filled else "")
         inks = {"stays": "#8FA9C4", "is copied": "#0072B2", "falls": "#D55E00"}
         figure = go.Figure(
             [
                 go.Bar(
-                    x=[modules, slots], y=heights, name=label, marker_color=inks[label], cliponaxis=False,
+                    x=places, y=heights, name=label, marker_color=inks[label], cliponaxis=False,
                     text=notes if label == "falls" else None, textposition="outside", textfont={"size": 11},
                 )
                 for label, heights in states.items()
             ]
         )  # fmt: skip
+        for place, name in names:
+            figure.add_annotation(
+                x=place, y=-0.09, yref="paper", yanchor="top", text=f"<b>{name}</b>", showarrow=False
+            )
         note = f": {event.count} ranks of the model fall, p = {event.p:.3f}" if event else ""
         return figure.update_layout(
             barmode="overlay",
             title={"text": f"<b>Which ranks matter at step {step}?</b>{note}"},
             yaxis={"title": {"text": "score s"}},
-            xaxis={"title": {"text": "rank, by matrix"}, "tickfont": {"size": 9}},
+            xaxis={
+                "title": {"text": "rank, by matrix", "standoff": 30},
+                "tickvals": places,
+                "ticktext": ranks,
+                "tickfont": {"size": 9},
+            },
             height=400,
             legend={"orientation": "h", "y": 1.1},
         )
