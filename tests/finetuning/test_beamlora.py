@@ -1,4 +1,4 @@
-"""The arithmetic of BeamLoRA against loops written from its description."""
+"""The arithmetic of BeamLoRA against loops written from its description; layers and trainers are in the folder beside."""
 
 from __future__ import annotations
 
