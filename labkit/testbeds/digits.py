@@ -28,18 +28,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import nearest, tiny
-from labkit.testbeds.training import IGNORED, train_steps
-from labkit.training.update import updates
+from labkit.testbeds.training import IGNORED, learning_rate, train_steps
+from labkit.training.update import Step, updates
 
 PAD, BOS, SEP, FIRST_TASK, FIRST_DIGIT = 0, 1, 2, 3, 10
 VOCAB = 20
 SHIPPED_SEEDS = (0, 1, 2)
-PRETRAINED = ("reverse", "sort", "add")
+PRETRAINED = ("reverse", "add", "running_sum")
 """Kinds that the shipped models have learned."""
 
 Batch = dict[str, torch.Tensor]
@@ -164,7 +165,7 @@ def token_accuracy(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float
 
     Examples
     --------
-    >>> batch = DigitTask("sort").examples(64)
+    >>> batch = DigitTask("reverse").examples(64)
     >>> token_accuracy(digits_model(0), batch) > 0.97
     True
     """
@@ -187,10 +188,86 @@ def answer_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Te
     return loss
 
 
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+    """Mean cross-entropy of the answers' tokens in nats, of the logits alone: without a wrapper's regulariser.
+
+    The model's mode is restored.
+
+    Examples
+    --------
+    >>> batch = DigitTask("reverse").examples(64)
+    >>> held_out_loss(digits_model(0), batch) < 0.1
+    True
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1]  # (B, T - 1, V)
+    model.train(was_training)
+    targets = batch["labels"][:, 1:].to(device)
+    return float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED))
+
+
+def adapt(
+    model: nn.Module,
+    task: DigitTask,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    lr: float,
+    batch: int = 16,
+    seed: int = 0,
+    warmup: float = 0.03,
+) -> Iterator[Step]:
+    """Train what the optimizer holds on a task, one yielded update at a time.
+
+    Gradients are clipped at norm 1; the learning rate warms up and falls to a tenth along a cosine.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model with an adapter, or without.
+    task : DigitTask
+    optimizer : torch.optim.Optimizer
+    steps, batch, seed : int
+        Updates, rows of each, and seed of the data.
+    lr, warmup : float
+        Peak, and share of the run before it.
+
+    Yields
+    ------
+    Step
+        After the update; what the caller does then comes before the next one.
+
+    Examples
+    --------
+    >>> model = digits_model(0)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> losses = [step.loss for step in adapt(model, DigitTask("rotate"), optimizer, 30, lr=1e-3)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def rate(step: int) -> float:
+        return learning_rate(step, steps, lr, warmup)
+
+    batches = ([rows] for rows in task.batches(batch, seed))
+    yield from updates(model, batches, optimizer, answer_loss, steps, rate=rate)
+    model.eval()
+
+
 def train_digits_model(
-    seed: int = 0, kinds: Sequence[str] = PRETRAINED, *, steps: int = 400, batch: int = 96
+    seed: int = 0,
+    kinds: Sequence[str] = PRETRAINED,
+    *,
+    width: int = 64,
+    layers: int = 2,
+    steps: int = 400,
+    batch: int = 96,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, dict[str, object]]:
-    """Train a two-layer Llama (width 64) on several kinds at once, rows shared equally.
+    """Train a small Llama on several kinds at once, rows shared equally.
 
     Parameters
     ----------
@@ -198,8 +275,11 @@ def train_digits_model(
         Of weights and data.
     kinds : sequence of str
         Among `KINDS`.
+    width, layers : int
+        Size of the model.
     steps, batch : int
-        Updates, and rows of each.
+        Updates, and rows of each. The learning rate is 3e-3 at width 64 and falls as the width grows.
+    device : str or torch.device
 
     Returns
     -------
@@ -212,7 +292,8 @@ def train_digits_model(
         Without kinds, with an unknown or a repeated one.
     """
     tasks = _tasks(kinds)
-    model = _blank(seed)
+    model: Any = _blank(seed, width, layers)
+    model.to(device)
     generator = torch.Generator().manual_seed(3_000_000 + seed)
 
     def mixed() -> Batch:
@@ -220,7 +301,7 @@ def train_digits_model(
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     started = time.process_time()
-    for _ in train_steps(model, iter(mixed, None), steps, loss=answer_loss):
+    for _ in train_steps(model, iter(mixed, None), steps, lr=3e-3 * 64 / width, loss=answer_loss):
         pass
     seconds = time.process_time() - started
     accuracy = {task.kind: round(token_accuracy(model, task.examples(512, seed)), 4) for task in tasks}
@@ -239,7 +320,13 @@ def train_digits_model(
 
 
 def digits_model(
-    seed: int = 0, kinds: Sequence[str] = PRETRAINED, *, retrain: bool = False
+    seed: int = 0,
+    kinds: Sequence[str] = PRETRAINED,
+    *,
+    width: int = 64,
+    layers: int = 2,
+    retrain: bool = False,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """Model that has learned `kinds`: shipped for seeds 0 to 2 and the kinds of `PRETRAINED`, else trained once.
 
@@ -248,13 +335,15 @@ def digits_model(
     seed : int
     kinds : sequence of str
         Among `KINDS`; the model knows nothing of the others.
+    width, layers : int
+        Other sizes than 64 and 2 are trained once.
     retrain : bool
         Train anew (about 7 processor seconds), whatever is shipped or cached, and renew the cache.
 
     Returns
     -------
     transformers.LlamaForCausalLM
-        In evaluation mode on the CPU, a fresh copy at each call.
+        In evaluation mode on `device`, a fresh copy at each call.
 
     Raises
     ------
@@ -268,21 +357,22 @@ def digits_model(
     True
     """
     kinds = tuple(task.kind for task in _tasks(kinds))
-    name, model = f"digits-{seed}", _blank(seed)
-    if kinds == PRETRAINED and not retrain and shipped.has(name):
-        return shipped.restore(model, shipped.read(name))
+    name, model = f"digits-{seed}", _blank(seed, width, layers)
+    if kinds == PRETRAINED and (width, layers) == (64, 2) and not retrain and shipped.has(name):
+        return shipped.restore(model, shipped.read(name)).to(device)  # type: ignore[arg-type]
 
     def build() -> dict[str, torch.Tensor]:
-        return shipped.state(train_digits_model(seed, kinds)[0])
+        return shipped.state(train_digits_model(seed, kinds, width=width, layers=layers, device=device)[0])
 
-    key = {"seed": seed, "kinds": kinds, "torch": torch.__version__}
+    key = {"seed": seed, "kinds": kinds, "width": width, "layers": layers, "torch": torch.__version__}
     code = [DigitTask, train_digits_model, train_steps, updates]
-    return shipped.restore(model, cached("digits", key, build, kind="tensors", code=code, rebuild=retrain))
+    weights = cached("digits", key, build, kind="tensors", code=code, rebuild=retrain)
+    return shipped.restore(model, weights).to(device)  # type: ignore[arg-type]
 
 
-def _blank(seed: int) -> PreTrainedModel:
+def _blank(seed: int, width: int, layers: int) -> PreTrainedModel:
     config: dict[str, Any] = {"vocab": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS}
-    return tiny("llama", width=64, layers=2, heads=4, seed=seed, **config)
+    return tiny("llama", width=width, layers=layers, heads=4, seed=seed, **config)
 
 
 def _tasks(kinds: Sequence[str]) -> list[DigitTask]:
