@@ -5,5 +5,6 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "routing": ["Pairs", "RoutingInfo"],
     },
 )
