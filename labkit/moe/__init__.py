@@ -21,9 +21,12 @@ __getattr__, __dir__, __all__ = attach(
             "RecurrentRouter",
             "Router",
             "RouterState",
+            "SwitchRouter",
             "make_router",
         ],
         "routing": ["Pairs", "RoutingInfo"],
+        "saving": ["load_moe", "replace_module", "save_moe"],
         "stats": ["RoutingStats", "cross_layer_information", "moe_stats", "router_entropy"],
+        "switch": ["SwitchBlock"],
     },
 )

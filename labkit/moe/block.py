@@ -265,23 +265,30 @@ class MoEBlock(nn.Module):
         context = {} if token_ids is None else {"token_ids": token_ids}
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
         info, state = self.gate.route(hidden_states, state, mask, layer=self.layer, **context)
-        if self.capacity_factor is not None:
-            capacity = expert_capacity(info.num_tokens, info.num_experts, info.top_k, self.capacity_factor)
-            kept = within_capacity(
-                info.index, info.num_experts, capacity, order=self.drop_order, mask=info.mask
-            )
-            info = info.replace(kept=kept)
+        info = self._limit(info, hidden_states.shape[0])
         for hook in self.before_dispatch:
             info = hook(info)
-        if info.pairs is None and info.kept is None:
-            y = self.experts(x, info.index, info.weights)
-        else:
-            y = self.experts.run_pairs(x, info.csr())
+        y = self._dispatch(x, info)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
         for change in self.after:
             y = change(y, info, x)
         return MoEOutput(y.view(hidden_states.shape), info, state)
+
+    def _limit(self, info: RoutingInfo, sequences: int) -> RoutingInfo:
+        """Apply the capacity."""
+        del sequences
+        if self.capacity_factor is None:
+            return info
+        capacity = expert_capacity(info.num_tokens, info.num_experts, info.top_k, self.capacity_factor)
+        kept = within_capacity(info.index, info.num_experts, capacity, order=self.drop_order, mask=info.mask)
+        return info.replace(kept=kept)
+
+    def _dispatch(self, x: Tensor, info: RoutingInfo) -> Tensor:
+        """Compute what was decided."""
+        if info.pairs is None and info.kept is None:
+            return self.experts(x, info.index, info.weights)
+        return self.experts.run_pairs(x, info.csr())
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """Compute the layer: ``(B, T, D)`` to ``(B, T, D)``. Keyword arguments are those of :meth:`run`."""

@@ -38,6 +38,8 @@ class Experts(nn.Module):
     gated : bool, default True
     bias : bool, default False
         Whether both matrices have biases.
+    dropout : float, default 0
+        Dropout on the hidden units in training (Switch). It costs the fused backward pass.
     std : float, default 0.02
         Standard deviation of the initial matrices.
     implementation : str, default "labkit"
@@ -69,6 +71,7 @@ class Experts(nn.Module):
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
+        dropout: float = 0.0,
         std: float = 0.02,
         implementation: str = "labkit",
         config: Any = None,
@@ -86,6 +89,9 @@ class Experts(nn.Module):
             raise ValueError(
                 f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}"
             )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
+        self.dropout = dropout
         self.num_experts = num_experts
         self.hidden_size = self.hidden_dim = hidden_size
         self.intermediate_size = self.intermediate_dim = intermediate_size
@@ -129,6 +135,7 @@ class Experts(nn.Module):
             "activation": self.activation,
             "gated": self.has_gate,
             "bias": self.has_bias,
+            "dropout": self.dropout,
         }
 
     def extra_repr(self) -> str:
@@ -181,6 +188,8 @@ class Experts(nn.Module):
         return self._run(hidden_states, pairs.expert, pairs.weight, pairs.token, backend)
 
     def _run(self, x: Tensor, expert: Tensor, weight: Tensor, token: Tensor | None, backend: str) -> Tensor:
+        if self.training and self.dropout:
+            return self._with_dropout(x, expert, weight, token)
         return grouped_experts(
             x,
             expert,
@@ -194,6 +203,21 @@ class Experts(nn.Module):
             gated=self.has_gate,
             backend=backend,
         )
+
+    def _with_dropout(self, x: Tensor, expert: Tensor, weight: Tensor, token: Tensor | None) -> Tensor:
+        if token is None:
+            token = torch.arange(x.shape[0], device=x.device).repeat_interleave(expert.shape[1])
+        expert, weight = expert.reshape(-1), weight.reshape(-1)
+        out = torch.zeros_like(x)
+        for e in expert.unique().tolist():
+            chosen = (expert == e).nonzero()[:, 0]
+            rows = token[chosen]
+            biases = (None, None) if self.up_bias is None else (self.up_bias[e], self.down_proj_bias[e])
+            pre = nn.functional.linear(x[rows], self.up[e], biases[0])
+            h = self._apply_gate(pre) if self.has_gate else self.act_fn(pre)
+            y = nn.functional.linear(nn.functional.dropout(h, self.dropout), self.down_proj[e], biases[1])
+            out = out.index_add(0, rows, (y * weight[chosen, None]).to(out.dtype))
+        return out
 
 
 def _activation_of(module: Any) -> str | None:

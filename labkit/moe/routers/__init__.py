@@ -7,7 +7,13 @@ from typing import Any
 from labkit.moe.routers.base import Router
 from labkit.moe.routers.cosine import CosineRouter
 from labkit.moe.routers.hashing import HashRouter
-from labkit.moe.routers.projections import FrozenRandomRouter, HyperRouter, LinearRouter, MLPRouter
+from labkit.moe.routers.projections import (
+    FrozenRandomRouter,
+    HyperRouter,
+    LinearRouter,
+    MLPRouter,
+    SwitchRouter,
+)
 from labkit.moe.routers.recurrent import RecurrentCell, RecurrentRouter, RouterState
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "RecurrentRouter",
     "Router",
     "RouterState",
+    "SwitchRouter",
     "make_router",
 ]
 
@@ -33,6 +40,7 @@ ROUTERS: dict[str, type[Router]] = {
     "cosine": CosineRouter,
     "recurrent": RecurrentRouter,
     "hash": HashRouter,
+    "switch": SwitchRouter,
 }
 
 
@@ -42,7 +50,7 @@ def make_router(kind: str, hidden_size: int, num_experts: int, top_k: int, **opt
     Parameters
     ----------
     kind : str
-        A key of ``ROUTERS``: linear, mlp, random, hyper, cosine (XMoE with ``reduce=16``), recurrent or hash.
+        A key of ``ROUTERS``: linear, mlp, random, hyper, cosine (XMoE with ``reduce=16``), recurrent, hash or switch.
     hidden_size, num_experts, top_k : int
         D, E and k.
     **options

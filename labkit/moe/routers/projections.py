@@ -175,3 +175,49 @@ class HyperRouter(Router):
     def scores(self, hidden: Tensor) -> Tensor:
         weight, bias = self.generated()
         return F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+
+
+class SwitchRouter(Router):
+    """The linear router of Switch Transformers: top-1, in float32, weighted by its probability.
+
+    Parameters
+    ----------
+    hidden_size, num_experts : int
+        D and E.
+    top_k : int, default 1
+    bias : bool, default False
+    jitter : float, default 0.01
+        See :class:`~labkit.moe.Router`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> logits, weights, index = SwitchRouter(8, 4)(torch.randn(2, 3, 8))
+    >>> torch.equal(weights[:, 0], logits.softmax(-1).max(-1).values)
+    True
+    """
+
+    kind = "switch"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        *,
+        bias: bool = False,
+        jitter: float = 0.01,
+        renormalize: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, renormalize=renormalize, jitter=jitter)
+        self.classifier = nn.Linear(hidden_size, num_experts, bias=bias)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "bias": self.classifier.bias is not None}
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = self.classifier.bias
+            return F.linear(
+                hidden.float(), self.classifier.weight.float(), None if bias is None else bias.float()
+            )
