@@ -152,7 +152,7 @@ class MoEBlock(nn.Module):
             raise ValueError(f"capacity_factor must be positive, or None for no limit; got {capacity_factor}")
         if drop_order not in ("token", "slot"):
             raise ValueError(f"drop_order must be 'token' or 'slot'; got {drop_order!r}")
-        self.gate = gate
+        self.gate: Any = gate
         self.experts = experts
         self.shared_expert = shared_expert
         self.capacity_factor = capacity_factor

@@ -62,6 +62,11 @@ class Experts(nn.Module):
     torch.Size([3, 8])
     """
 
+    gate_up_proj: nn.Parameter
+    up_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter
+    up_proj_bias: nn.Parameter
+
     def __init__(
         self,
         num_experts: int,
@@ -354,7 +359,7 @@ def use_labkit_experts(model: Any) -> str:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}")
-    fused = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")]
+    fused: list[Any] = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "_apply_gate")]
     if not fused:
         raise ValueError(
             f"{type(model).__name__} has no fused experts whose implementation the configuration chooses; "

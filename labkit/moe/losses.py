@@ -91,7 +91,7 @@ def load_balancing_loss(
         raise ValueError(f"over must be 'all' or 'layer'; got {over!r}")
     parts = [_counts(info, keep) for info, keep in _layers(infos, mask)]
     if over == "all":
-        parts = [tuple(torch.stack(column).sum(0) for column in zip(*parts, strict=True))]  # type: ignore[misc]
+        parts = [tuple(torch.stack(column).sum(0) for column in zip(*parts, strict=True))]  # type: ignore[list-item]
     losses = []
     for counts, probabilities, tokens in parts:
         tokens = tokens.clamp(min=1.0)

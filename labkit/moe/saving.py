@@ -24,7 +24,7 @@ __all__ = ["load_moe", "replace_module", "save_moe"]
 
 DESCRIPTION = "labkit_moe.json"
 WEIGHTS = "model.safetensors"
-_BLOCKS = {"moe": MoEBlock, "switch": SwitchBlock}
+_BLOCKS: dict[str, type[MoEBlock]] = {"moe": MoEBlock, "switch": SwitchBlock}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

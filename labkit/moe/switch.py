@@ -91,7 +91,8 @@ class SwitchBlock(MoEBlock):
         ValueError
             If its activation is not known here.
         """
-        router, experts = getattr(mlp, "router", None), getattr(mlp, "experts", None)
+        router: Any = getattr(mlp, "router", None)
+        experts = getattr(mlp, "experts", None)
         if not isinstance(experts, nn.ModuleDict) or not hasattr(router, "classifier"):
             raise TypeError(f"mlp must be a SwitchTransformersSparseMLP; got {type(mlp).__name__}")
         stock: list[Any] = list(experts.values())

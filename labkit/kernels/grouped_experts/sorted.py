@@ -50,7 +50,9 @@ class Plan:
 
     def blocks(self, most: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
         """Runs of experts with at most ``most`` pairs (or one expert): first pair, last, experts, their counts."""
-        start, rows, experts, sizes = 0, 0, [], []
+        start, rows = 0, 0
+        experts: list[int] = []
+        sizes: list[int] = []
         for expert, count in enumerate(self.counts):
             if not count:
                 continue
