@@ -92,7 +92,9 @@ def router_topk(
     """
     check_backend(backend, BACKENDS)
     if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (T, E) of a floating dtype; got {tuple(logits.shape)}, {logits.dtype}")
+        raise ValueError(
+            f"logits must be (T, E) of a floating dtype; got {tuple(logits.shape)}, {logits.dtype}"
+        )
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k must be in 1..{logits.shape[1]}; got {top_k}")
     if mask is not None:
