@@ -9,7 +9,7 @@ neither the probabilities nor one-hot choices of all layers need to be kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ BACKENDS = ("auto", "reference", "triton")
 TRITON_MAX_EXPERTS = 1024
 
 
-class RouterTopK(NamedTuple):
+@dataclass(frozen=True)
+class RouterTopK:
     """Decision of a router for T tokens over E experts.
 
     Attributes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward(
+def _forward(  # type: ignore[no-untyped-def]
     logits,
     mask,
     weights,
@@ -75,7 +75,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _backward(  # type: ignore[no-untyped-def]
     logits,
     mask,
     weights,
