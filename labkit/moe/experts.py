@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.kernels.grouped_experts import ACTIVATIONS, grouped_experts
+from labkit.kernels.grouped_experts import ACTIVATIONS, SMALL_ELEMENTS, grouped_experts
 from labkit.moe.routing import Pairs
 
 __all__ = ["Experts", "labkit_experts_forward", "use_labkit_experts"]
@@ -22,6 +24,10 @@ _ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+
+# Elements of first matrices that batched_mm may copy: below, it is faster than sorting (measured on the CPU).
+SMALL_COPIES = 1 << 16
 
 
 class Experts(nn.Module):
@@ -243,15 +249,19 @@ def _activation_of(module: Any) -> str | None:
     return by_class.get(type(act).__name__)
 
 
+@functools.cache
+def _transformers_moe() -> Any:
+    """transformers' module of experts' functions; looking it up costs more than a small layer."""
+    return importlib.import_module("transformers.integrations.moe")
+
+
 def _refusal(module: Any) -> str | None:
     """Why labkit cannot run a transformers experts module, or None."""
-    from transformers.integrations.moe import _default_apply_gate
-
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over processes"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalises each expert's output"
-    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+    if module.has_gate and type(module)._apply_gate is not _transformers_moe()._default_apply_gate:
         return "it has a gate of its own"
     if not getattr(module, "is_concatenated", True):
         return "gate and value rows are interleaved"
@@ -263,6 +273,16 @@ def _refusal(module: Any) -> str | None:
     return None
 
 
+def _for_small(pairs: int, up: Tensor) -> Any:
+    """The function of transformers that is the fastest on the CPU for a handful of tokens, else None."""
+    if up.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    moe = _transformers_moe()
+    if pairs * up[0].numel() <= SMALL_COPIES:
+        return moe.batched_mm_experts_forward
+    return moe.grouped_mm_experts_forward if pairs * max(up.shape[1:]) < SMALL_ELEMENTS else None
+
+
 _warned: set[tuple[str, str]] = set()
 
 
@@ -271,6 +291,7 @@ def labkit_experts_forward(
 ) -> Tensor:
     """Run a transformers experts module with labkit's kernels: the function behind the implementation ``"labkit"``.
 
+    On the CPU a handful of tokens is left to transformers' own functions, which have less to set up: see ``_for_small``.
     Where the module is of a form that the kernels do not know, a warning says so once and transformers' ``grouped_mm``
     runs instead.
 
@@ -293,9 +314,7 @@ def labkit_experts_forward(
                 f"labkit's kernels do not run {key[0]}, as {reason}: transformers' grouped_mm runs instead",
                 stacklevel=2,
             )
-        from transformers.integrations.moe import grouped_mm_experts_forward
-
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return _transformers_moe().grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     up, down = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
     up_bias = down_bias = None
     if self.has_bias:
@@ -304,6 +323,9 @@ def labkit_experts_forward(
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     x = hidden_states
+    function = _for_small(top_k_index.numel(), up)
+    if function is not None:
+        return function(self, hidden_states, top_k_index, top_k_weights)
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(up.dtype)
     out = grouped_experts(

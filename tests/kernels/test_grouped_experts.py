@@ -131,6 +131,7 @@ def test_the_order_within_an_expert_is_the_order_of_tokens():
     plan = Plan.of(torch.tensor([1, 0, 1, 1, 0, 0]), None, 2, 3)
     assert plan.token.tolist() == [0, 2, 2, 0, 1, 1]
     assert plan.counts == [3, 3, 0]
+    assert plan.order.tolist() == [1, 4, 5, 0, 2, 3]
 
 
 def test_transposed_matrices_are_taken_as_views():

@@ -14,6 +14,14 @@ FUSED = ["Mixtral", "OLMoE", "Qwen2-MoE", "Qwen3-MoE"]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
 
+@pytest.fixture(autouse=True)
+def _own_kernels_at_any_size(monkeypatch):
+    """On the CPU small layers are left to transformers: not here, where all layers are small."""
+    for name in ("labkit.moe.experts.SMALL_ELEMENTS", "labkit.moe.experts.SMALL_COPIES"):
+        monkeypatch.setattr(name, 0)
+    monkeypatch.setattr("labkit.kernels.grouped_experts.SMALL_ELEMENTS", 0)
+
+
 def loss_and_gradients(model):
     model.zero_grad()
     out = model(IDS, labels=IDS)
@@ -54,6 +62,25 @@ def test_it_is_labkits_function_that_runs_until_it_is_unset(monkeypatch):
     model.set_experts_implementation(previous)
     model(IDS)
     assert len(calls) == 2
+
+
+def test_small_layers_are_left_to_transformers(monkeypatch):
+    from transformers.integrations import moe
+
+    from labkit.moe import experts
+
+    model = small_model("Mixtral")
+    expected = model(IDS).logits
+    use_labkit_experts(model)
+    for limit, name in (("SMALL_ELEMENTS", "grouped_mm"), ("SMALL_COPIES", "batched_mm")):
+        calls = []
+        function = getattr(moe, f"{name}_experts_forward")
+        monkeypatch.setattr(experts, limit, 1 << 18)
+        monkeypatch.setattr(
+            moe, f"{name}_experts_forward", lambda *a, f=function, c=calls: c.append(1) or f(*a)
+        )
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+        assert len(calls) == 2
 
 
 def test_generation_and_saving_are_those_of_the_stock_model(tmp_path):

@@ -22,9 +22,15 @@ __all__ = ["ACTIVATIONS", "BACKENDS", "grouped_experts", "grouped_experts_refere
 BACKENDS = ("auto", "reference", "sorted", "grouped_mm", "triton")
 
 # The rule of backend="auto":
-#   1. CUDA, bfloat16, compute capability 8 or more, rows of a multiple of 16 bytes, no biases -> grouped_mm
-#   2. otherwise                                                                              -> sorted
+#   1. biases, or rows that are no multiple of 16 bytes                       -> sorted
+#   2. CUDA, bfloat16, compute capability 8 or more                           -> grouped_mm
+#   3. CPU, and the products with the first matrix fit a core's cache         -> grouped_mm
+#   4. otherwise                                                              -> sorted
+# Rule 3: there the passes over memory that "sorted" saves cost nothing, and its loop over experts is in Python.
 # The Triton kernels have not been timed against torch.compile on a GPU, so none of their shapes is a default yet.
+
+
+SMALL_ELEMENTS = 1 << 18
 
 
 def _check(
@@ -71,17 +77,13 @@ def _check(
             "with token, all of token, expert and weight must be (S,); got "
             f"{tuple(token.shape)} and {tuple(expert.shape)}"
         )
-    if expert.device.type == "cpu" and expert.numel():
-        low, high = (int(v) for v in expert.aminmax())
-        if low < 0 or high >= experts:
-            raise ValueError(f"expert must lie in 0..{experts - 1}; got values from {low} to {high}")
-        if token is not None:
-            if bool((token[1:] < token[:-1]).any()):
-                raise ValueError("token must not decrease: give the pairs in the order of their tokens")
-            if int(token[0]) < 0 or int(token[-1]) >= x.shape[0]:
-                raise ValueError(
-                    f"token must lie in 0..{x.shape[0] - 1}; got {int(token[0])} to {int(token[-1])}"
-                )
+    if token is not None and token.device.type == "cpu" and token.numel():
+        if bool((token[1:] < token[:-1]).any()):
+            raise ValueError("token must not decrease: give the pairs in the order of their tokens")
+        if int(token[0]) < 0 or int(token[-1]) >= x.shape[0]:
+            raise ValueError(
+                f"token must lie in 0..{x.shape[0] - 1}; got {int(token[0])} to {int(token[-1])}"
+            )
 
 
 def _grouped_mm_fits(x: Tensor, up: Tensor, down: Tensor) -> str | None:
@@ -178,7 +180,9 @@ def grouped_experts(
     reason = None if backend not in ("auto", "grouped_mm") else _grouped_mm_fits(x, up, down)
     biased = up_bias is not None or down_bias is not None
     if backend == "auto":
-        backend = "grouped_mm" if x.is_cuda and reason is None and not biased else "sorted"
+        small = expert.numel() * max(up.shape[1:]) < SMALL_ELEMENTS
+        backend = "grouped_mm" if reason is None and not biased and (x.is_cuda or small) else "sorted"
+    plan = Plan.of(expert.reshape(-1), token, expert.shape[-1], down.shape[0])
     if backend == "reference":
         slots = expert.shape[-1]
         tokens = token
@@ -204,7 +208,6 @@ def grouped_experts(
         check_triton(x.device, (x.dtype,))
         if biased:
             raise ValueError("backend='triton' has no biases: use backend='sorted'")
-    plan = Plan.of(expert.reshape(-1), token, expert.shape[-1], down.shape[0])
     starts = None
     if token is not None:
         per_token = torch.bincount(token, minlength=x.shape[0])

@@ -9,6 +9,7 @@ two vectors of width f and the outputs need not be kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,21 +33,33 @@ class Plan:
         ``(S,)``, position among the given pairs of each sorted pair; stable, so that an expert sees its tokens in order.
     token : Tensor
         ``(S,)``, token of each sorted pair.
-    counts : list of int
-        Pairs of each expert.
+    number : Tensor
+        ``(E,)`` int64, pairs of each expert.
     """
 
     order: Tensor
     token: Tensor
-    counts: list[int]
+    number: Tensor
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """Pairs of each expert on the host; waits for the device."""
+        return [int(n) for n in self.number.tolist()]
 
     @classmethod
     def of(cls, expert: Tensor, token: Tensor | None, slots: int, num_experts: int) -> Plan:
-        """Sort pairs; without ``token``, pair i belongs to token ``i // slots``."""
-        order = torch.sort(expert, stable=True).indices
-        counts = torch.bincount(expert, minlength=num_experts)
+        """Sort pairs; without ``token``, pair i belongs to token ``i // slots``.
+
+        On the CPU an expert out of range is refused; on CUDA it is not looked for, as that would wait for the device.
+        """
+        ordered, order = torch.sort(expert, stable=True)
+        if expert.device.type == "cpu":
+            low, high = (int(ordered[0]), int(ordered[-1])) if len(ordered) else (0, 0)
+            if low < 0 or high >= num_experts:
+                raise ValueError(f"expert must lie in 0..{num_experts - 1}; got values from {low} to {high}")
+        number = torch.bincount(expert, minlength=num_experts)
         tokens = order // slots if token is None else token.index_select(0, order)
-        return cls(order, tokens, counts.tolist())
+        return cls(order, tokens, number)
 
     def blocks(self, most: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
         """Runs of experts with at most ``most`` pairs (or one expert): first pair, last, experts, their counts."""
@@ -239,7 +252,7 @@ def grouped_mm_experts(
 ) -> Tensor:
     """Compute the same with ``torch.nn.functional.grouped_mm`` and torch's own derivatives."""
     act = ACTIVATIONS[activation].value
-    ends = torch.tensor(plan.counts, device=x.device).cumsum(0).to(torch.int32)
+    ends = plan.number.cumsum(0, dtype=torch.int32)
     pre = torch.nn.functional.grouped_mm(x[plan.token], up.transpose(1, 2), offs=ends)
     inner = down.shape[2]
     h = act(pre[:, :inner]) * pre[:, inner:] if gated else act(pre)
