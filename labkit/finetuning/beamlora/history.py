@@ -152,6 +152,7 @@ class RankHistory:
                 go.Bar(
                     x=places, y=heights, name=label, marker_color=inks[label], cliponaxis=False,
                     text=notes if label == "falls" else None, textposition="outside", textfont={"size": 11},
+                    constraintext="none", textangle=0,
                 )
                 for label, heights in states.items()
             ]
