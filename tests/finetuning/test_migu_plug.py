@@ -74,7 +74,9 @@ def trained_by_hand(model: nn.Module, *, mask: bool = True, before_clip: bool = 
         sums: dict[str, torch.Tensor] = {}
         handles = [
             module.register_forward_hook(
-                lambda m, i, o, name=name: sums.__setitem__(name, o.detach().abs().flatten(0, -2).sum(0))
+                lambda m, i, o, name=name, sums=sums: sums.__setitem__(
+                    name, o.detach().abs().flatten(0, -2).sum(0)
+                )
             )
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
