@@ -20,9 +20,10 @@ The frame of the prompt is the authors'. The wording of an instruction is ours.
 from __future__ import annotations
 
 import json
+import random
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -215,3 +216,56 @@ class PromptTask:
             answers += self.tokenizer.batch_decode(written, skip_special_tokens=True)
         model.train(was_training)
         return exact_match(answers, [label for _, label in rows]) / 100
+
+
+class PromptWorld:
+    """A sequence of `PromptTask` and a checkpoint that learns it.
+
+    Parameters
+    ----------
+    checkpoint : str
+        Folder or hub id of an encoder-decoder with its tokenizer.
+    seed : int
+        Of the order of the tasks.
+    tasks : sequence of str
+        Names for `load`.
+    **settings
+        Of `PromptTask`.
+
+    Raises
+    ------
+    OSError
+        When the checkpoint is neither a folder nor to be had from the hub.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        seed: int = 0,
+        tasks: Sequence[str] = ("dbpedia", "boolq", "copa"),
+        **settings: Any,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.checkpoint, self.seed = checkpoint, seed
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        order = list(tasks)
+        random.Random(seed).shuffle(order)
+        self.tasks = [PromptTask(load(name), self.tokenizer, **settings) for name in order]
+
+    def base_model(self, *, device: torch.device | str = "cpu") -> Any:
+        """A fresh copy of the checkpoint, in training mode."""
+        from transformers import AutoModelForSeq2SeqLM
+
+        model: Any = AutoModelForSeq2SeqLM.from_pretrained(self.checkpoint)
+        return model.to(device).train()
+
+    @staticmethod
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The model's own."""
+        found: torch.Tensor = model(**batch).loss
+        return found
+
+    def probe(self, task: PromptTask, rows: int = 128, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Draw training rows of a task."""
+        return next(replace(task, batch_size=rows).batches(seed))

@@ -329,6 +329,14 @@ class StdlibTasks:
             name, classes, label_ids, inputs, targets, test_inputs, test_targets, batch_size, steps
         )
 
+    loss = staticmethod(label_loss)
+
+    def probe(self, task: ClassificationTask, rows: int = 128, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Draw training windows of a task as plain text, without its token: what its text does to a model."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(task.inputs), generator=generator)[:rows]
+        return {"input_ids": task.inputs[chosen, :WINDOW]}
+
     def training_windows(self) -> torch.Tensor:
         """All training windows without labels, ``(20 x train, 32)``: the text of the pre-training."""
         return torch.cat([task.inputs[:, :WINDOW] for task in self.tasks])
