@@ -332,10 +332,13 @@ class StdlibTasks:
     loss = staticmethod(label_loss)
 
     def probe(self, task: ClassificationTask, rows: int = 128, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Draw training windows of a task as plain text, without its token: what its text does to a model."""
+        """Draw training windows of a task as plain text, without its token: what its text does to a model.
+
+        The head is asked for the last position alone.
+        """
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(task.inputs), generator=generator)[:rows]
-        return {"input_ids": task.inputs[chosen, :WINDOW]}
+        return {"input_ids": task.inputs[chosen, :WINDOW], "logits_to_keep": torch.tensor([WINDOW - 1])}
 
     def training_windows(self) -> torch.Tensor:
         """All training windows without labels, ``(20 x train, 32)``: the text of the pre-training."""
