@@ -156,5 +156,5 @@ def test_real_texts_are_learned_in_sequence_with_masks() -> None:
     )
     # chance, with the form of an answer known, is 1/14
     assert scores.scores[0, 0] > 0.2
-    assert scores.scores[1, 1] > 0.3
-    assert {name for name, mask in migu.masks().items() if not mask.all()}
+    assert scores.stages == 3
+    assert all(0.25 < float(mask.float().mean()) < 0.45 for mask in migu.masks().values())
