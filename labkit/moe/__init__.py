@@ -5,6 +5,15 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "adapters": [
+            "BlockAdapter",
+            "ExpertMatrices",
+            "RouterSwap",
+            "iter_moe_blocks",
+            "moe_blocks",
+            "swap_router",
+        ],
+        "capture": ["BlockInput", "capture_inputs", "capture_routing"],
         "routing": ["Pairs", "RoutingInfo"],
     },
 )
