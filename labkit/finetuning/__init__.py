@@ -4,6 +4,5 @@ from labkit._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    {
-    },
+    {},
 )

@@ -327,7 +327,7 @@ def _adapter(module: nn.Module) -> type[BlockAdapter] | None:
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")
 
 
-def _place(model: nn.Module, name: str, count: int) -> tuple[int, str]:
+def place_of(model: nn.Module, name: str, count: int) -> tuple[int, str]:
     """Layer index and stack, from a module's name."""
     stack = "encoder" if re.search(r"(^|\.)encoder\.", name) else "decoder"
     found = _LAYER.search(name)
@@ -374,7 +374,7 @@ def iter_moe_blocks(model: nn.Module) -> Iterator[tuple[int, str, BlockAdapter]]
     for name, module in model.named_modules():
         kind = _adapter(module)
         if kind is not None:
-            layer, stack = _place(model, name, count)
+            layer, stack = place_of(model, name, count)
             router = "gate" if isinstance(getattr(module, "gate", None), nn.Module) else "router"
             yield layer, name, kind(layer, name, module, router, stack)
             count += 1
