@@ -14,6 +14,7 @@ Both mixtures have had the same number of steps of the same size when they are l
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ KINDS: tuple[Kind, ...] = ("dense", "upcycled", "scratch")
 SHIPPED_SEEDS = (0, 1, 2)
 STEPS = 800
 """Steps that a mixture has had in all."""
-SHAPE = {"width": 48, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 32}
+SHAPE: dict[str, Any] = {"width": 48, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate_size": 32}
 EXPERTS, TOP_K, BALANCE = 16, 2, 0.01
 
 
@@ -163,7 +164,7 @@ def train_specimen(
         model, count = copied_experts(start, seed, experts), steps - half
     else:
         model, count = untrained(kind, seed, **shape), half if kind == "dense" else steps
-    model = model.to(device)
+    torch.nn.Module.to(model, device)
     training, held_out = streams()
     generator = torch.Generator().manual_seed(3_000_000 + seed + (kind == "upcycled") * 500_000)
     log = TrainingLog()
@@ -251,7 +252,14 @@ class Pair:
     tokens: dict[str, torch.Tensor]
 
 
-DEEP = {"width": 256, "layers": 12, "heads": 8, "kv_heads": 4, "intermediate_size": 128, "experts": 32}
+DEEP: dict[str, Any] = {
+    "width": 256,
+    "layers": 12,
+    "heads": 8,
+    "kv_heads": 4,
+    "intermediate_size": 128,
+    "experts": 32,
+}
 """Shape of the specimens that a GPU trains."""
 HUB = {"upcycled": "mistralai/Mixtral-8x7B-v0.1", "scratch": "allenai/OLMoE-1B-7B-0924"}
 HUB_DENSE = "mistralai/Mistral-7B-v0.1"
@@ -292,9 +300,11 @@ def load_pair(
     if source == "hub":
         return _hub_pair(seed, tokens)
     if source == "shipped":
-        dense, upcycled, scratch = (specimen(kind, seed, train=train).to(device) for kind in KINDS)
+        dense, upcycled, scratch = (specimen(kind, seed, train=train) for kind in KINDS)
+        for model in (dense, upcycled, scratch):
+            torch.nn.Module.to(model, device)
     else:
-        steps = {"steps": 4000, "lr": 1e-3, "batch": 32, "length": 128, "device": device}
+        steps: dict[str, Any] = {"steps": 4000, "lr": 1e-3, "batch": 32, "length": 128, "device": device}
         dense, _ = train_specimen("dense", seed, **steps, **DEEP)
         upcycled, _ = train_specimen("upcycled", seed, start=dense, **steps, **DEEP)
         scratch, _ = train_specimen("scratch", seed, **steps, **DEEP)
@@ -311,13 +321,23 @@ def _rows(stream: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
     return stream[begin : begin + tokens].view(-1, 128)
 
 
+@functools.lru_cache(maxsize=1)
+def _hub_models() -> dict[str, PreTrainedModel]:
+    """The released mixtures, loaded once for all seeds."""
+    from transformers import AutoModelForCausalLM
+
+    return {
+        kind: AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", device_map="auto").eval()
+        for kind, name in HUB.items()
+    }
+
+
 def _hub_pair(seed: int, tokens: int) -> Pair:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     _, held_out = split(stdlib_text("docs"))
-    models, texts = {}, {}
+    models, texts = _hub_models(), {}
     for kind, name in HUB.items():
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", device_map="auto")
         ids = AutoTokenizer.from_pretrained(name)(held_out, return_tensors="pt")["input_ids"][0]
-        models[kind], texts[kind] = model.eval(), _rows(ids, tokens, seed).to(model.device)
+        texts[kind] = _rows(ids, tokens, seed).to(models[kind].device)
     return Pair(models, HUB_DENSE, texts)

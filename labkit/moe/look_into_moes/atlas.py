@@ -307,6 +307,27 @@ class ExpertAtlas:
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
+    def output_correlation(self, layers: Sequence[int] | None = None, kind: Kind = "angular") -> pd.Series:
+        """Pearson's r, over pairs of experts, of the similarity of weights and of outputs.
+
+        Weights are whole matrices (S1, mean of the matrices), outputs those of the text of :meth:`outputs` (D1). A high
+        r makes the cheap comparison of weights a stand-in for the costly one of outputs.
+
+        Returns
+        -------
+        Series
+            One value a layer.
+        """
+        captured, found = self._captured(), {}
+        for layer in check_layers(layers, captured.layers, "recorded layer"):
+            matrices = self.source.matrices(layer)
+            weights = torch.stack([static.matrix_similarity(self.source.stored(layer, m)) for m in matrices])
+            outputs = torch.tensor(captured.output_similarity(layer, kind).to_numpy())
+            found[layer] = static.pearson(
+                static.below_diagonal(weights.mean(0)), static.below_diagonal(outputs)
+            )
+        return pd.Series(found, name="output_correlation").rename_axis("layer")
+
     def pca(
         self,
         layer: int,
@@ -403,8 +424,8 @@ class ExpertAtlas:
         Returns
         -------
         DataFrame
-            Columns ``layer``, ``matrix``, ``similarity`` (S1), ``average`` (S2), ``gain`` and ``tau`` (S3), and with a
-            dense reference ``to_dense`` and ``tau_to_dense``.
+            Columns ``layer``, ``matrix``, ``similarity`` (S1), ``absolute`` (of its absolute values), ``average`` (S2),
+            ``gain`` and ``tau`` (S3), and with a dense reference ``to_dense`` and ``tau_to_dense``.
         """
         reorder = matching.pop("reorder", True)
         rows = []
@@ -418,9 +439,12 @@ class ExpertAtlas:
                     square = self.weight_similarity(layer, matrix, level)  # type: ignore[arg-type]
                     experts = [e for e in square.index if isinstance(e, int)]
                     inner = torch.tensor(square.loc[experts, experts].to_numpy())
-                    row[name] = float(static.below_diagonal(inner).mean())
-                    if self.reference is not None and level == "matrix":
-                        row["to_dense"] = float(square.loc[experts, DENSE].mean())
+                    cosines = static.below_diagonal(inner)
+                    row[name] = float(cosines.mean())
+                    if level == "matrix":
+                        row["absolute"] = float(cosines.abs().mean())
+                        if self.reference is not None:
+                            row["to_dense"] = float(square.loc[experts, DENSE].mean())
                 if reorder:
                     pairs = self.reorder(layer, matrix, **matching)
                     inside = pairs[pairs.b != DENSE]

@@ -19,6 +19,7 @@ from labkit.moe.look_into_moes.dynamic import (
     token_similarity,
     top_agreement,
 )
+from labkit.moe.look_into_moes.static import below_diagonal
 from labkit.moe.look_into_moes.weights import check_layers
 
 CHUNK = 256
@@ -41,7 +42,7 @@ class CapturedExperts:
     layers : list of int
         Layers recorded, ascending.
     tokens : int
-        Real tokens.
+        Real tokens of the first layer.
     """
 
     def __init__(self, records: Mapping[int, BlockInput]) -> None:
@@ -58,6 +59,14 @@ class CapturedExperts:
     def _record(self, layer: int) -> BlockInput:
         check_layers([layer], self.layers, "recorded layer")
         return self.records[layer]
+
+    def count(self, layer: int) -> int:
+        """Real tokens of a layer; encoder and decoder of one model read texts of their own."""
+        return int(self._record(layer).routing.real().sum())
+
+    def _check_token(self, layer: int, token: int) -> None:
+        if not 0 <= token < self.count(layer):
+            raise ValueError(f"token must be in 0..{self.count(layer) - 1}, got {token}")
 
     def inputs(self, layer: int) -> Tensor:
         """What the layer's experts read: ``(T, D)``, real tokens only."""
@@ -111,15 +120,23 @@ class CapturedExperts:
             part = output_similarity(block.expert_outputs(hidden), kind) * len(hidden)
             total = part if total is None else total + part
         assert total is not None
-        mean = (total / self.tokens).cpu()
+        mean = (total / self.count(layer)).cpu()
         mean.fill_diagonal_(1)
         return _square(mean, "expert")
+
+    def mean_similarity(self, kind: Kind = "cosine") -> pd.Series:
+        """Mean of :meth:`output_similarity` over pairs of different experts, a layer each."""
+        means = {}
+        for layer in self.layers:
+            means[layer] = float(
+                below_diagonal(torch.tensor(self.output_similarity(layer, kind).to_numpy())).mean()
+            )
+        return pd.Series(means, name="output_similarity").rename_axis("layer")
 
     @torch.no_grad()
     def token_similarity(self, layer: int, token: int, kind: Kind = "cosine") -> pd.DataFrame:
         """Similarity of the experts' outputs for one token (D1, short text)."""
-        if not 0 <= token < self.tokens:
-            raise ValueError(f"token must be in 0..{self.tokens - 1}, got {token}")
+        self._check_token(layer, token)
         record = self._record(layer)
         device = record.block.matrices(0).down.device
         outputs = record.block.expert_outputs(self.inputs(layer)[token : token + 1].to(device))
@@ -171,15 +188,14 @@ class CapturedExperts:
                     states = block.activated(expert, hidden).float()
                     shares.append(active_share(states, threshold) * len(hidden))
                     sizes.append(float(states.abs().mean()) * len(hidden))
-            scale = self.tokens * self._record(layer).block.num_experts
+            scale = self.count(layer) * self._record(layer).block.num_experts
             rows[layer] = {"share": sum(shares) / scale, "mean_size": sum(sizes) / scale}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
     @torch.no_grad()
     def states(self, layer: int, token: int) -> pd.DataFrame:
         """Activated states act(W_act x) of all experts for one token, ``(E, f)`` (D3, for a heat map)."""
-        if not 0 <= token < self.tokens:
-            raise ValueError(f"token must be in 0..{self.tokens - 1}, got {token}")
+        self._check_token(layer, token)
         block = self._record(layer).block
         hidden = self.inputs(layer)[token : token + 1].to(block.matrices(0).down.device)
         values = torch.cat([block.activated(e, hidden) for e in range(block.num_experts)])

@@ -190,7 +190,15 @@ def match_neurons(
     return NeuronMatch(rows, columns, before, after, kendall_tau(columns), method, neurons)
 
 
-def random_gain(neurons: int, width: int, draws: int = 8, seed: int = 0) -> float:
+def random_gain(
+    neurons: int,
+    width: int,
+    draws: int = 8,
+    seed: int = 0,
+    method: Method = "auto",
+    *,
+    max_neurons: int | None = None,
+) -> float:
     """Mean gain of similarity from matching two matrices of independent Gaussian numbers: the baseline of a gain.
 
     Parameters
@@ -201,6 +209,8 @@ def random_gain(neurons: int, width: int, draws: int = 8, seed: int = 0) -> floa
         Pairs that the mean is taken over.
     seed : int
         Of the numbers.
+    method, max_neurons
+        As in `match_neurons`; a gain must be compared with a baseline of the same kind.
 
     Examples
     --------
@@ -213,7 +223,7 @@ def random_gain(neurons: int, width: int, draws: int = 8, seed: int = 0) -> floa
     total = 0.0
     for _ in range(draws):
         a, b = torch.randn(2, neurons, width, generator=generator)
-        total += match_neurons(a, b, "exact").gain
+        total += match_neurons(a, b, method, max_neurons=max_neurons, seed=seed).gain
     return total / draws
 
 

@@ -207,17 +207,14 @@ def _dynamic(atlas: ExpertAtlas) -> dict[str, pd.DataFrame]:
     captured = atlas.captured
     assert captured is not None
     agreement, active = captured.top_agreement(), captured.activation_stats()
+    means = captured.mean_similarity("cosine")
     rows, squares = [], []
     for layer in captured.layers:
-        cosine = captured.output_similarity(layer, "cosine")
-        experts = len(cosine)
-        values = cosine.to_numpy()
+        experts = atlas.source.num_experts(layer)
         rows.append(
             {
                 "layer": layer,
-                "output_similarity": (values.sum() - experts) / (experts * (experts - 1))
-                if experts > 1
-                else 1.0,
+                "output_similarity": means[layer],
                 "top_norm_is_top_score": agreement[layer],
                 "chance": 1 / experts,
                 "active_share": active.loc[layer, "share"],
