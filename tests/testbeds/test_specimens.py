@@ -56,7 +56,10 @@ def test_the_cache_holds_other_seeds(monkeypatch, tmp_path):
     one, again = specimens.specimen("upcycled", 77), specimens.specimen("upcycled", 77)
     assert calls == [("dense", 77), ("upcycled", 77)]
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
-    stand_in, shipped_one = specimens.specimen("scratch", 77, train=False), specimens.specimen("scratch", 77 % 3)
+    stand_in, shipped_one = (
+        specimens.specimen("scratch", 77, train=False),
+        specimens.specimen("scratch", 77 % 3),
+    )
     assert torch.equal(next(stand_in.parameters()), next(shipped_one.parameters()))
     assert len(calls) == 2
 
