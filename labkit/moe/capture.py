@@ -96,6 +96,14 @@ def _recording(
 
         return decided
 
+    def after(block: BlockAdapter) -> Callable[..., Tensor]:
+        def computed(y: Tensor, info: RoutingInfo, x: Tensor) -> Tensor:
+            if call.get("active"):
+                current.append(read(block, x, replace(info, layer=block.layer)))
+            return y
+
+        return computed
+
     def see(shape: dict[str, torch.Size]) -> Callable[..., None]:
         def entered(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
@@ -108,7 +116,15 @@ def _recording(
         model.register_forward_pre_hook(begin, with_kwargs=True),
         model.register_forward_hook(end, with_kwargs=True, always_call=True),
     ]
+    own: list[tuple[list[Any], Callable[..., Tensor]]] = []
     for block in blocks:
+        hooks = getattr(block.module, "after", None)
+        if isinstance(
+            hooks, list
+        ):  # labkit's layer calls its router's route(), and hands its decision on itself
+            own.append((hooks, after(block)))
+            hooks.append(own[-1][1])
+            continue
         shape: dict[str, torch.Size] = {}
         handles.append(block.module.register_forward_pre_hook(see(shape), with_kwargs=True))
         handles.append(block.router.register_forward_hook(hook(block, shape), with_kwargs=True))
@@ -117,6 +133,8 @@ def _recording(
     finally:
         for handle in handles:
             handle.remove()
+        for hooks, ours in own:
+            hooks.remove(ours)
 
 
 @contextlib.contextmanager
@@ -129,7 +147,8 @@ def capture_routing(
     ----------
     model : nn.Module
         As for `iter_moe_blocks`; in training or evaluation, under autocast or not. Routers that `swap_router` put in
-        are recorded like the model's own, if they were put in before.
+        are recorded like the model's own, if they were put in before; of labkit's own layers the decision is recorded as
+        the experts carried it out, with capacity and pairs.
     detach : bool, default True
         False keeps the graph, for losses on the logits; gradient checkpointing must then be off.
     cpu : bool, default False

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labkit.moe import RoutingInfo, capture_inputs, capture_routing, iter_moe_blocks, moe_blocks, swap_router
+from labkit.moe import (
+    MoEBlock,
+    RoutingInfo,
+    capture_inputs,
+    capture_routing,
+    iter_moe_blocks,
+    moe_blocks,
+    swap_router,
+)
 from tests.moe import zoo
 
 LAYERS = {key: [0, 1, 2] for key in zoo.NAMES} | {
@@ -221,7 +229,7 @@ def test_what_cannot_be_swapped_is_refused_before_anything_changes():
     model = zoo.make("Mixtral")
     old = [block.router for block in moe_blocks(model)]
     with pytest.raises(TypeError, match="lambda block: router"):
-        swap_router(model, "cosine")
+        swap_router(model, 3)
     with pytest.raises(TypeError, match="must return a torch module, got int"):
         swap_router(model, lambda block: 3)
     with pytest.raises(ValueError, match=r"layers \[7\] have no MoE block; the MoE layers are \[0, 1, 2\]"):
@@ -270,3 +278,63 @@ def test_routers_that_are_not_linear_say_so():
         pytest.raises(ValueError, match="TopK is no linear"),
     ):
         moe_blocks(model)[0].router_logits(torch.zeros(2, 32))
+
+
+# ------------------------------------------------------------------------------------------- labkit's own parts
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Olmoe", "Qwen2Moe", "SwitchTransformers", "JetMoe"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "cosine", "random"])
+def test_routers_by_name(name, kind):
+    model, given = zoo.make(name), zoo.inputs(name)
+    with swap_router(model, kind) as swap:
+        for seen, output in with_block_outputs(model, given):
+            torch.testing.assert_close(by_hand(seen), output.reshape(seen.hidden.shape), atol=1e-5, rtol=1e-4)
+            assert (
+                seen.routing.index.shape[1] == seen.block.top_k == (1 if name == "SwitchTransformers" else 2)
+            )
+            if name in ("Mixtral", "Olmoe"):  # OLMoE leaves the weights as they are
+                summed = seen.routing.weights.sum(-1)
+                assert torch.allclose(summed, torch.ones(())) == (name == "Mixtral")
+    assert all(router.num_experts == 8 for router in swap.routers)
+
+
+def test_routers_by_name_that_need_more_are_refused():
+    model = zoo.shared("Mixtral")
+    with pytest.raises(ValueError, match="reads the state of the layer before"):
+        swap_router(model, "recurrent")
+    with pytest.raises(ValueError, match="reads token ids"):
+        swap_router(model, "hash")
+    with pytest.raises(ValueError, match="got 'cosin'"):
+        swap_router(model, "cosin")
+    with pytest.raises(TypeError, match="width belong to a router given by name"):
+        swap_router(model, lambda block: TopK(block, 2), width=3)
+
+
+def test_labkits_own_layers_are_read_recorded_and_swapped():
+    torch.manual_seed(0)
+    options = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 6, "top_k": 2}
+    layers = nn.ModuleList([MoEBlock.build(**options), MoEBlock.build(**options, router="cosine")])
+    layers.append(MoEBlock.build(**options, capacity_factor=0.5, shared_size=24))
+    model = nn.Sequential()
+    model.layers = layers
+    model.forward = lambda x: layers[2](layers[1](layers[0](x)))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 5, 16)
+    hooks = [list(block.after) for block in layers]
+    with capture_inputs(model) as forwards, torch.no_grad():
+        model(x)
+    assert [seen.routing.layer for seen in forwards[0]] == [0, 1, 2]
+    hidden = x
+    for seen, layer in zip(forwards[0], layers, strict=True):
+        torch.testing.assert_close(seen.hidden, hidden.reshape(-1, 16))
+        hidden = layer(hidden)
+        torch.testing.assert_close(by_hand(seen), hidden.reshape(-1, 16), atol=1e-6, rtol=1e-4)
+    assert not forwards[0][2].routing.kept.all()
+    assert [list(block.after) for block in layers] == hooks
+    with swap_router(model, "mlp", layers=[1]), torch.no_grad():
+        assert not torch.allclose(model(x), hidden)
+    torch.testing.assert_close(model(x), hidden)
+    with pytest.raises(TypeError, match="is a layer of labkit, whose routers have a method route"):
+        swap_router(model, lambda block: TopK(block, 2))

@@ -62,6 +62,8 @@ def form_of(block: BlockAdapter) -> str | None:
         return "one-hot"
     if hasattr(block.module, "input_linear"):
         return "grouped"
+    if hasattr(block.router, "route"):
+        return None
     example = next(block.module.parameters())
     with torch.no_grad():
         output = block.router(torch.zeros(2, block.width, device=example.device, dtype=example.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,34 @@ class RouterSwap:
         self.detach()
 
 
+def _by_name(kind: str, options: dict[str, Any]) -> RouterMaker:
+    """Make one of labkit's routers for a block, with the block's sizes and number of experts a token."""
+    from labkit.moe.routers import make_router
+
+    if kind in ("recurrent", "hash"):
+        what = "the state of the layer before" if kind == "recurrent" else "token ids"
+        raise ValueError(
+            f"a {kind} router reads {what}, which blocks of transformers do not hand to their routers: use labkit's "
+            "own layers, or a function that makes a router which knows them"
+        )
+
+    def make(block: BlockAdapter) -> nn.Module:
+        chosen = dict(options)
+        top_k = chosen.pop("top_k", None) or block.top_k
+        if hasattr(block.router, "norm_topk_prob"):  # OLMoE and Qwen-MoE may leave the weights as they are
+            chosen.setdefault("renormalize", bool(block.router.norm_topk_prob))
+        return make_router(kind, block.width, block.num_experts, top_k, **chosen)
+
+    return make
+
+
 def swap_router(
-    model: nn.Module, make: RouterMaker, *, layers: Sequence[int] | None = None, check: bool = True
+    model: nn.Module,
+    make: RouterMaker | str,
+    *,
+    layers: Sequence[int] | None = None,
+    check: bool = True,
+    **options: Any,
 ) -> RouterSwap:
     """Give a model other routers.
 
@@ -68,14 +95,18 @@ def swap_router(
     model : nn.Module
         As for `iter_moe_blocks`. Switch and JetMoE blocks, which expect another form of output, get it from a thin
         wrapper; a new router in Switch drops no token.
-    make : callable
+    make : callable or str
         ``make(block)`` returns the router for a block, a module that maps ``(..., D)`` to raw logits ``(T, E)``,
-        weights ``(T, k)`` and index ``(T, k)``. To share one router over layers return the same module.
+        weights ``(T, k)`` and index ``(T, k)``. To share one router over layers return the same module. A name of
+        ``labkit.moe.ROUTERS`` makes that router with the block's sizes and k.
     layers : sequence of int, optional
         Layers concerned; all by default.
     check : bool, default True
         Try each new router on two zero tokens before anything is changed. Routers with a method ``route`` (labkit's
         own) keep a state over layers and are not tried.
+
+    **options
+        Of a router given by name.
 
     Returns
     -------
@@ -112,6 +143,10 @@ def swap_router(
     >>> torch.equal(model(tokens).logits, before), torch.equal(during, before)
     (True, False)
     """
+    if isinstance(make, str):
+        make = _by_name(make, options)
+    elif options:
+        raise TypeError(f"{', '.join(options)} belong to a router given by name")
     if not callable(make):
         raise TypeError(
             f"make must be a function from a block to its router, got {type(make).__name__}; for one router for all "
@@ -129,6 +164,10 @@ def swap_router(
     routers = []
     for block in blocks:
         router = make(block)
+        if isinstance(getattr(block.module, "after", None), list) and not hasattr(router, "route"):
+            raise TypeError(
+                f"{block.name} is a layer of labkit, whose routers have a method route: see labkit.moe.Router"
+            )
         if not isinstance(router, nn.Module):
             raise TypeError(f"make must return a torch module, got {type(router).__name__} for {block.name}")
         device = next(block.module.parameters()).device

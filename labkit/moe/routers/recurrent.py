@@ -1,0 +1,250 @@
+r"""The layerwise recurrent router of RMoE (arXiv 2408.06793).
+
+The routing decisions of one token at the MoE layers i = 1..L are a sequence. A cell that all layers share carries a state
+through them, and the router of a layer reads the state in place of the hidden state:
+
+.. math:: x'_i = P_i x_i, \qquad h_i = \mathrm{cell}(x'_i, h_{i-1}), \qquad \mathrm{logits}_i = G_i h_i, \qquad h_0 = 0
+
+The recurrence runs over depth, for each token by itself: nothing is passed between tokens, and generation needs no cache.
+The cell and the softmax are computed in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from labkit.moe.routers.base import Router
+from labkit.moe.routing import RoutingInfo
+
+CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
+PASSING = ("full", "none", "detach")
+
+
+@dataclass
+class RouterState:
+    """What a recurrent router hands to the next layer, for T tokens.
+
+    Attributes
+    ----------
+    hidden : Tensor
+        ``(T, p)`` float32.
+    cell : Tensor or None
+        ``(T, p)``, the memory of an LSTM.
+    logits : Tensor or None
+        ``(T, E)``, this layer's own logits, for ``logit_residual``.
+    """
+
+    hidden: Tensor
+    cell: Tensor | None = None
+    logits: Tensor | None = None
+
+    def detach(self) -> RouterState:
+        """The same state without gradients."""
+        return RouterState(
+            self.hidden.detach(),
+            None if self.cell is None else self.cell.detach(),
+            None if self.logits is None else self.logits.detach(),
+        )
+
+
+class RecurrentCell(nn.Module):
+    """The cell that all layers share: ``torch.nn.GRUCell``, ``RNNCell`` or ``LSTMCell`` of width p to p, in float32.
+
+    Parameters
+    ----------
+    state_size : int
+        p.
+    kind : {"gru", "rnn", "lstm"}, default "gru"
+
+    Examples
+    --------
+    >>> import torch
+    >>> cell = RecurrentCell(4)
+    >>> x = torch.randn(3, 4)
+    >>> torch.equal(cell(x, None).hidden, cell.cell(x))
+    True
+    """
+
+    def __init__(self, state_size: int, kind: str = "gru") -> None:
+        super().__init__()
+        if kind not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(map(repr, CELLS))}; got {kind!r}")
+        if state_size < 1:
+            raise ValueError(f"state_size must be at least 1; got {state_size}")
+        self.state_size = state_size
+        self.kind = kind
+        self.cell = CELLS[kind](state_size, state_size)
+
+    def forward(self, x: Tensor, state: RouterState | None) -> RouterState:
+        """Step from the state of the previous layer, or from zero, with tokens ``(T, p)``."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            cell = self.cell if self.cell.weight_ih.dtype == torch.float32 else None
+            if cell is None:  # a model cast as a whole to a narrow dtype
+                return self._widened(x, state)
+            if self.kind == "lstm":
+                hidden, memory = cell(x, None if state is None else (state.hidden, state.cell))
+                return RouterState(hidden, memory)
+            return RouterState(cell(x, None if state is None else state.hidden))
+
+    def _widened(self, x: Tensor, state: RouterState | None) -> RouterState:
+        wide = {name: p.float() for name, p in self.cell.named_parameters()}
+        before: Any = None if state is None else state.hidden
+        if self.kind == "lstm":
+            before = None if state is None else (state.hidden, state.cell)
+            hidden, memory = torch.func.functional_call(self.cell, wide, (x, before))
+            return RouterState(hidden, memory)
+        return RouterState(torch.func.functional_call(self.cell, wide, (x, before)))
+
+
+class RecurrentRouter(Router):
+    """One layer's part of the recurrent router: its projector, its head, and the shared cell.
+
+    Parameters
+    ----------
+    hidden_size, num_experts, top_k, renormalize, jitter
+        See :class:`~labkit.moe.Router`.
+    state_size : int, default 128
+        p, the width of the projector, the cell and the head.
+    cell : {"gru", "rnn", "lstm"} or RecurrentCell, default "gru"
+        A name makes a cell of this router's own. A :class:`RecurrentCell` is shared: it is used, but not registered
+        here, so register it once where the layers are held (``model.router_cell = cell``), or it will be in no state
+        dict.
+    passing : {"full", "none", "detach"}, default "full"
+        Whether the state of the previous layer is passed, dropped (h_0 at every layer), or passed without its gradient.
+    logit_residual : float, default 0
+        alpha of the ablation that adds alpha times the previous layer's logits to this layer's.
+    detach_logits : bool, default False
+        Whether that term is without gradient.
+    bias : bool, default False
+        Whether projector and head have biases (they do in the paper's small setting).
+    std : float, default 0.02
+        Standard deviation of the initial projector and head.
+    projector : torch.nn.Linear, optional
+        A projector to share (the paper's ablation S-proj); like a shared cell it is not registered here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> cell = RecurrentCell(4)
+    >>> first, second = (RecurrentRouter(8, 3, 1, state_size=4, cell=cell) for _ in range(2))
+    >>> x = torch.randn(5, 8)
+    >>> _, state = first.route(x)
+    >>> info, state = second.route(x, state)
+    >>> info.logits.shape, state.hidden.shape
+    (torch.Size([5, 3]), torch.Size([5, 4]))
+    """
+
+    kind = "recurrent"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        state_size: int = 128,
+        cell: str | RecurrentCell = "gru",
+        passing: str = "full",
+        logit_residual: float = 0.0,
+        detach_logits: bool = False,
+        bias: bool = False,
+        std: float = 0.02,
+        projector: nn.Linear | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **common)
+        if passing not in PASSING:
+            raise ValueError(f"passing must be one of {', '.join(map(repr, PASSING))}; got {passing!r}")
+        if state_size < 1:
+            raise ValueError(f"state_size must be at least 1; got {state_size}")
+        if isinstance(cell, RecurrentCell) and cell.state_size != state_size:
+            raise ValueError(f"the shared cell has width {cell.state_size}, but state_size is {state_size}")
+        if projector is not None and (projector.in_features, projector.out_features) != (
+            hidden_size,
+            state_size,
+        ):
+            raise ValueError(
+                f"the shared projector must map {hidden_size} to {state_size}; it maps "
+                f"{projector.in_features} to {projector.out_features}"
+            )
+        self.state_size = state_size
+        self.passing = passing
+        self.logit_residual = logit_residual
+        self.detach_logits = detach_logits
+        # a tuple hides a shared module from registration: one owner, one entry in the state dict
+        self._shared_cell = (cell,) if isinstance(cell, RecurrentCell) else None
+        self._shared_projector = None if projector is None else (projector,)
+        if not isinstance(cell, RecurrentCell):
+            self.cell = RecurrentCell(state_size, cell)
+        if projector is None:
+            self.projector = nn.Linear(hidden_size, state_size, bias=bias)
+        self.head = nn.Linear(state_size, num_experts, bias=bias)
+        self.has_bias = bias
+        for linear in (self.head, *([self.projector] if projector is None else [])):
+            nn.init.normal_(linear.weight, 0.0, std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    @property
+    def recurrent_cell(self) -> RecurrentCell:
+        """The cell in use, shared or own."""
+        return self._shared_cell[0] if self._shared_cell is not None else self.cell
+
+    def options(self) -> dict[str, Any]:
+        return {
+            **super().options(),
+            "state_size": self.state_size,
+            "cell": self.recurrent_cell.kind,
+            "passing": self.passing,
+            "logit_residual": self.logit_residual,
+            "detach_logits": self.detach_logits,
+            "bias": self.has_bias,
+        }
+
+    def step(self, tokens: Tensor, state: RouterState | None) -> tuple[Tensor, RouterState]:
+        """Logits ``(T, E)`` and the state to pass on, from tokens ``(T, D)`` and the previous layer's state."""
+        if state is not None and (
+            state.hidden.shape[0] != tokens.shape[0] or state.hidden.device != tokens.device
+        ):
+            raise RuntimeError(
+                f"the routing state is of {state.hidden.shape[0]} tokens on {state.hidden.device}, the hidden states of "
+                f"{tokens.shape[0]} on {tokens.device}: a state belongs to one forward pass, so call the whole model, "
+                "not a layer of it"
+            )
+        projector = self._shared_projector[0] if self._shared_projector is not None else self.projector
+        before = state
+        if before is not None and self.passing == "none":
+            before = None
+        elif before is not None and self.passing == "detach":
+            before = before.detach()
+        after = self.recurrent_cell(projector(tokens), before)
+        with torch.autocast(tokens.device.type, enabled=False):
+            bias = self.head.bias
+            logits = F.linear(after.hidden, self.head.weight.float(), None if bias is None else bias.float())
+        after.logits = logits
+        if self.logit_residual and state is not None and state.logits is not None:
+            previous = state.logits.detach() if self.detach_logits else state.logits
+            logits = logits + self.logit_residual * previous
+        return logits, after
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.step(hidden, None)[0]
+
+    def route(
+        self,
+        hidden: Tensor,
+        state: RouterState | None = None,
+        mask: Tensor | None = None,
+        *,
+        layer: int = -1,
+        **context: Any,
+    ) -> tuple[RoutingInfo, RouterState]:
+        del context
+        logits, after = self.step(self._jittered(self._tokens(hidden)), state)
+        return self.choose(logits, None if mask is None else mask.reshape(-1), layer), after
