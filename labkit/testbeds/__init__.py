@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "recall": ["RecallWorld"],
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
+        "specimens": ["load_pair", "specimen"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
         "training": [
             "TrainingLog",
