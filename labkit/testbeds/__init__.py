@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
         "signatures": ["Signature", "signature_edits", "signature_facts"],
+        "specimens": ["load_pair", "specimen"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
         "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [
