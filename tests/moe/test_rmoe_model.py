@@ -61,7 +61,9 @@ def test_from_pretrained_is_what_was_saved(settings, tmp_path):
     assert again.config.recurrent_router == model.config.recurrent_router
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)  # memory lies otherwise: last digits
+    torch.testing.assert_close(
+        again(TOKENS).logits, model(TOKENS).logits
+    )  # memory lies otherwise: last digits
     assert again.model.layers[2].mlp.gate.recurrent_cell is again.model.recurrent_router
     assert torch.equal(
         again.generate(TOKENS, max_new_tokens=4, do_sample=False),

@@ -71,6 +71,7 @@ class RecurrentRouting:
                 block.top_k if top_k is None else top_k,
                 shared=self.shared,
                 position=position,
+                scale=float(getattr(block.router, "routed_scaling_factor", 1.0)),
                 std=std,
                 renormalize=(True if normed is None else bool(normed))
                 if renormalize is None
@@ -185,7 +186,8 @@ def attach_recurrent_router(
     ----------
     model : PreTrainedModel
         Mixtral, Qwen2/3-MoE, OLMoE or another whose MoE blocks take ``(logits, weights, index)`` from their router; with
-        or without a language-model head. It is changed in place.
+        or without a language-model head. It is changed in place. What a router adds to softmax and top-k is replaced with
+        it (DeepSeek's groups and sigmoid); only its constant scale of the weights is kept.
     state_size : int, default 128
         p.
     top_k : int, optional
@@ -237,7 +239,7 @@ def attach_recurrent_router(
         raise TypeError(
             f"model must be a transformers PreTrainedModel; got {type(model).__name__} (for peft, attach before wrapping)"
         )
-    base = model.base_model
+    base: Any = model.base_model
     if getattr(base, PLACE, None) is not None:
         raise ValueError(f"{type(model).__name__} has recurrent routers already; detach() them first")
     blocks = moe_blocks(base)

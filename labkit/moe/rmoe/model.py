@@ -162,7 +162,8 @@ class RecurrentMixtralForCausalLM(RecurrentMixtralPreTrainedModel, MixtralForCau
         wrong = [name for name in missing if ".gate." not in name and "recurrent_router" not in name]
         if wrong or unexpected:
             raise ValueError(f"these weights do not fit: {', '.join([*wrong, *unexpected])}")
-        return new.to(device=model.device, dtype=model.dtype).train(model.training)
+        new.train(model.training)
+        return nn.Module.to(new, device=model.device, dtype=model.dtype)  # type: ignore[return-value]
 
 
 def register() -> None:

@@ -1,7 +1,8 @@
 """Saving models of transformers that have recurrent routers put in.
 
 A checkpoint of transformers holds what the class knows. The routers' settings lie beside the weights, in
-``labkit_rmoe.json``; :func:`load_recurrent` puts the routers back before it reads the weights. The shared cell is saved once.
+``labkit_rmoe.json``; :func:`load_recurrent` puts the routers back before it reads the weights. The shared cell is saved
+once.
 """
 
 from __future__ import annotations

@@ -210,6 +210,8 @@ class RecurrentGate(RecurrentRouter):
         Of the model. It is used here, and registered in the base model alone.
     position : int
         Number of the router in the order of the layers, dense layers not counted.
+    scale : float, default 1
+        Multiplies the weights, as DeepSeek's ``routed_scaling_factor`` does.
     **settings
         See :class:`~labkit.moe.RecurrentRouter`.
     """
@@ -222,6 +224,7 @@ class RecurrentGate(RecurrentRouter):
         *,
         shared: SharedRecurrence,
         position: int,
+        scale: float = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -235,6 +238,7 @@ class RecurrentGate(RecurrentRouter):
         )
         self.shared_recurrence = (shared,)
         self.position = position
+        self.scale = scale
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``(T, E)`` in float32, weights ``(T, k)`` in the model's dtype and experts ``(T, k)``.
@@ -247,4 +251,5 @@ class RecurrentGate(RecurrentRouter):
         (shared,) = self.shared_recurrence
         info, state = self.route(hidden_states, shared.enter(self.position))
         shared.leave(state)
-        return info.logits, info.weights.to(hidden_states.dtype), info.index
+        weights = info.weights if self.scale == 1.0 else info.weights * self.scale
+        return info.logits, weights.to(hidden_states.dtype), info.index

@@ -184,7 +184,8 @@ class RecurrentRouter(Router):
             raise ValueError(f"temperature must be positive; got {temperature}")
         if residual_of == "scores" and logit_residual < 0:
             raise ValueError(
-                f"logit_residual must not be negative with residual_of='scores', a sum of probabilities; got {logit_residual}"
+                f"logit_residual must not be negative with residual_of='scores' (probabilities); "
+                f"got {logit_residual}"
             )
         if state_size < 1:
             raise ValueError(f"state_size must be at least 1; got {state_size}")
