@@ -5,6 +5,7 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "cl_benchmark": [],
         "corpus": ["split", "stdlib_text"],
         "data": [],
         "editing": ["EditingWorld", "editing_world"],
