@@ -203,6 +203,23 @@ def test_checkpointing_with_an_lstm_and_a_residual():
         torch.testing.assert_close(value, plain[key], atol=1e-6, rtol=1e-4, msg=key)
 
 
+def test_backward_in_another_thread_finds_its_states():
+    """As on a GPU, where the autograd engine has threads of its own."""
+    model, _ = routed()
+    model.train()
+    loss_of(model).backward()
+    plain = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    loss = loss_of(model)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    for key, value in gradients(model).items():
+        torch.testing.assert_close(value, plain[key], atol=1e-6, rtol=1e-4, msg=key)
+    assert gradients(model).keys() == plain.keys()
+
+
 def test_a_forward_without_backward_leaves_no_graph_behind():
     model, routing = routed()
     model.train()
@@ -464,6 +481,31 @@ def test_one_layer_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach_recurrent_router(zoo.make("Mixtral", num_hidden_layers=2), 4)
+
+
+def test_base_models_other_heads_and_embeddings():
+    base = zoo.make("Mixtral").model
+    attach_recurrent_router(base, 4)
+    out = base(TOKENS).last_hidden_state
+    assert torch.equal(base(inputs_embeds=base.embed_tokens(TOKENS)).last_hidden_state, out)
+    config = zoo.make("Mixtral").config
+    config.pad_token_id = 0
+    classifier = hf.MixtralForSequenceClassification(config)
+    attach_recurrent_router(classifier, 4)
+    assert classifier(TOKENS).logits.shape == (2, 2)
+
+
+def test_low_rank_adapters_on_top():
+    peft = pytest.importorskip("peft")
+    model, routing = routed("Olmoe")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2)).train()
+    routing.shared.requires_grad_(True)
+    loss_of(wrapped).backward()
+    assert routing.shared.cell.weight_hh.grad.abs().sum() > 0
+    model, _ = routed("Olmoe")
+    chosen = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["gate", "recurrent_router"])
+    with pytest.raises(RuntimeError, match="modules_to_save of peft"):
+        peft.get_peft_model(model, chosen)(TOKENS)
 
 
 def test_settings_go_through_json():

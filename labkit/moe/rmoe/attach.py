@@ -222,6 +222,9 @@ def attach_recurrent_router(
     ``output_router_logits=True`` does not see routers that are put in, and is refused; take the balancing loss with
     ``capture_routing(model, detach=False)`` and ``load_balancing_loss``. Save with :func:`save_recurrent`.
 
+    With peft, attach before wrapping, and train the routers by ``requires_grad_(True)`` after it: ``modules_to_save``
+    copies each router by itself, away from the cell that they share, and the forward then says so.
+
     Examples
     --------
     >>> import torch

@@ -24,7 +24,8 @@ from labkit.moe.routers.recurrent import RecurrentCell, RecurrentRouter, RouterS
 KEYWORD = "routing_pass"
 WHOLE_MODEL = (
     "a recurrent router reads the state of the layer before, which only a forward of the whole model makes: call the model "
-    "(or its base model), not a layer or a router alone"
+    "(or its base model), not a layer or a router alone. Routers copied by themselves (modules_to_save of peft) have lost "
+    "their shared cell: train them with requires_grad_(True) instead"
 )
 
 
