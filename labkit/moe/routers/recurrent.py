@@ -11,6 +11,7 @@ The cell and the softmax are computed in float32 whatever the model's dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from labkit.moe.routing import RoutingInfo
 
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
 PASSING = ("full", "none", "detach")
+RESIDUALS = ("logits", "scores")
+HEADS = ("linear", "cosine")
 
 
 @dataclass
@@ -121,6 +124,14 @@ class RecurrentRouter(Router):
         alpha of the ablation that adds alpha times the previous layer's logits to this layer's.
     detach_logits : bool, default False
         Whether that term is without gradient.
+    residual_of : {"logits", "scores"}, default "logits"
+        What alpha multiplies: logits, or probabilities. The logits returned are then ``ln(s_i + alpha s_{i-1})``, whose
+        softmax is that sum over ``1 + alpha``.
+    head : {"linear", "cosine"}, default "linear"
+        "cosine" compares the state with E learned centres, ``cos(h, c_e) / temperature``: with a small ``state_size``
+        XMoE with the cell between its projection and its cosine. It has no bias.
+    temperature : float, default 0.3
+        Initial temperature of the cosine; its logarithm is trained.
     bias : bool, default False
         Whether projector and head have biases (they do in the paper's small setting).
     std : float, default 0.02
@@ -153,14 +164,29 @@ class RecurrentRouter(Router):
         passing: str = "full",
         logit_residual: float = 0.0,
         detach_logits: bool = False,
+        residual_of: str = "logits",
+        head: str = "linear",
+        temperature: float = 0.3,
         bias: bool = False,
         std: float = 0.02,
         projector: nn.Linear | None = None,
         **common: Any,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **common)
-        if passing not in PASSING:
-            raise ValueError(f"passing must be one of {', '.join(map(repr, PASSING))}; got {passing!r}")
+        for name, value, allowed in (
+            ("passing", passing, PASSING),
+            ("residual_of", residual_of, RESIDUALS),
+            ("head", head, HEADS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive; got {temperature}")
+        if residual_of == "scores" and logit_residual < 0:
+            raise ValueError(
+                f"logit_residual must not be negative with residual_of='scores' (probabilities); "
+                f"got {logit_residual}"
+            )
         if state_size < 1:
             raise ValueError(f"state_size must be at least 1; got {state_size}")
         if isinstance(cell, RecurrentCell) and cell.state_size != state_size:
@@ -177,6 +203,8 @@ class RecurrentRouter(Router):
         self.passing = passing
         self.logit_residual = logit_residual
         self.detach_logits = detach_logits
+        self.residual_of = residual_of
+        self.head_kind = head
         # a tuple hides a shared module from registration: one owner, one entry in the state dict
         self._shared_cell = (cell,) if isinstance(cell, RecurrentCell) else None
         self._shared_projector = None if projector is None else (projector,)
@@ -184,7 +212,8 @@ class RecurrentRouter(Router):
             self.cell = RecurrentCell(state_size, cell)
         if projector is None:
             self.projector = nn.Linear(hidden_size, state_size, bias=bias)
-        self.head = nn.Linear(state_size, num_experts, bias=bias)
+        self.head = nn.Linear(state_size, num_experts, bias=bias and head == "linear")
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if head == "cosine" else None
         self.has_bias = bias
         for linear in (self.head, *([self.projector] if projector is None else [])):
             nn.init.normal_(linear.weight, 0.0, std)
@@ -204,8 +233,20 @@ class RecurrentRouter(Router):
             "passing": self.passing,
             "logit_residual": self.logit_residual,
             "detach_logits": self.detach_logits,
+            "residual_of": self.residual_of,
+            "head": self.head_kind,
             "bias": self.has_bias,
         }
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Logits ``(T, E)`` in float32 from a state ``(T, p)``."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = self.head.weight.float()
+            if self.log_temperature is not None:
+                cosines = F.linear(F.normalize(hidden, dim=-1), F.normalize(weight, dim=-1))
+                return cosines * torch.exp(-self.log_temperature.float())
+            bias = self.head.bias
+            return F.linear(hidden, weight, None if bias is None else bias.float())
 
     def step(self, tokens: Tensor, state: RouterState | None) -> tuple[Tensor, RouterState]:
         """Logits ``(T, E)`` and the state to pass on, from tokens ``(T, D)`` and the previous layer's state."""
@@ -224,13 +265,13 @@ class RecurrentRouter(Router):
         elif before is not None and self.passing == "detach":
             before = before.detach()
         after = self.recurrent_cell(projector(tokens), before)
-        with torch.autocast(tokens.device.type, enabled=False):
-            bias = self.head.bias
-            logits = F.linear(after.hidden, self.head.weight.float(), None if bias is None else bias.float())
-        after.logits = logits
+        after.logits = logits = self.readout(after.hidden)
         if self.logit_residual and state is not None and state.logits is not None:
             previous = state.logits.detach() if self.detach_logits else state.logits
-            logits = logits + self.logit_residual * previous
+            if self.residual_of == "logits":
+                logits = logits + self.logit_residual * previous
+            else:
+                logits = torch.log(logits.softmax(-1) + self.logit_residual * previous.softmax(-1))
         return logits, after
 
     def scores(self, hidden: Tensor) -> Tensor:
