@@ -36,7 +36,10 @@ __getattr__, __dir__, __all__ = attach(
         "block": ["MoEBlock", "MoEOutput", "SharedExpert", "collect_routing"],
         "capacity": ["expert_capacity", "within_capacity"],
         "experts": ["Experts", "labkit_experts_forward", "use_labkit_experts"],
+        "gw_moe": ["GlobalWorkspace", "WorkspaceStats", "workspace_slots"],
         "losses": ["importance_cv2", "load_balancing_loss", "load_cv2", "router_z_loss"],
+        "redirect": ["BlockCall", "Redirect"],
+        "rerouting": ["reroute"],
         "routers": [
             "ROUTERS",
             "CosineRouter",
@@ -56,5 +59,6 @@ __getattr__, __dir__, __all__ = attach(
         "saving": ["load_moe", "replace_module", "save_moe"],
         "stats": ["RoutingStats", "cross_layer_information", "moe_stats", "router_entropy"],
         "switch": ["SwitchBlock"],
+        "uncertainty": ["uncertain_tokens"],
     },
 )
