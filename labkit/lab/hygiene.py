@@ -434,7 +434,8 @@ def _places(paper: papers.Paper) -> Iterator[Finding]:
         or (module / "__init__.py").is_file(),
         f"tests/{paper.family}/test_{paper.slug}.py": any(
             (top / "tests" / paper.family).glob(f"test_{paper.slug}*.py")
-        ),
+        )
+        or any((top / "tests" / paper.family / paper.slug).glob("test_*.py")),
     }
     for name, there in wanted.items():
         if not there:

@@ -185,8 +185,8 @@ class Redirect:
         self.detach()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        masks = {
-            name: kwargs[name] for name in ("attention_mask", "decoder_attention_mask") if name in kwargs
+        masks: dict[str, Any] = {
+            name: value for name, value in kwargs.items() if name.endswith("attention_mask")
         }
         if len(args) > 1 and isinstance(args[1], Tensor):
             masks.setdefault("attention_mask", args[1])

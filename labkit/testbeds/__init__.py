@@ -5,6 +5,7 @@ from labkit._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "cl_benchmark": [],
         "corpus": ["split", "stdlib_text"],
         "data": [],
         "editing": ["EditingWorld", "editing_world"],
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         "retrieval": ["RetrievalBatch", "RetrievalTask", "train_retrieval"],
         "shipped": [],
         "signatures": ["Signature", "signature_edits", "signature_facts"],
+        "specimens": ["load_pair", "specimen"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
         "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [

@@ -56,7 +56,7 @@ def untrained(kind: Kind, seed: int = 0, **shape: Any) -> PreTrainedModel:
     Examples
     --------
     >>> untrained("scratch").num_parameters() // 1000, untrained("dense").num_parameters() // 1000
-    (359, 76)
+    (355, 76)
     """
     nearest(kind, KINDS, "kind")
     experts = shape.pop("experts", EXPERTS)

@@ -261,6 +261,8 @@ class StdlibTasks:
         Windows per class.
     batch_size, steps : int
         Rows and updates of each task.
+    width, layers, pretraining : int
+        Size of the base model, and the updates of its training.
 
     Attributes
     ----------
@@ -283,12 +285,23 @@ class StdlibTasks:
     """
 
     def __init__(
-        self, seed: int = 0, *, train: int = 300, test: int = 60, batch_size: int = 32, steps: int = 120
+        self,
+        seed: int = 0,
+        *,
+        train: int = 300,
+        test: int = 60,
+        batch_size: int = 32,
+        steps: int = 120,
+        width: int = 64,
+        layers: int = 2,
+        pretraining: int = 150,
     ) -> None:
-        for name, count in {"train": train, "test": test, "batch_size": batch_size, "steps": steps}.items():
+        counts = {"train": train, "test": test, "batch_size": batch_size, "steps": steps}
+        for name, count in {**counts, "width": width, "layers": layers, "pretraining": pretraining}.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {count!r}")
         self.seed = seed
+        self.width, self.layers, self.pretraining = width, layers, pretraining
         names = list(GROUPS)
         random.Random(seed).shuffle(names)
         self.tasks = [self._task(name, train, test, batch_size, steps) for name in names]
@@ -316,55 +329,72 @@ class StdlibTasks:
             name, classes, label_ids, inputs, targets, test_inputs, test_targets, batch_size, steps
         )
 
+    loss = staticmethod(label_loss)
+
+    def probe(self, task: ClassificationTask, rows: int = 128, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Draw training windows of a task as plain text, without its token: what its text does to a model.
+
+        The head is asked for the last position alone.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(task.inputs), generator=generator)[:rows]
+        return {"input_ids": task.inputs[chosen, :WINDOW], "logits_to_keep": torch.tensor([WINDOW - 1])}
+
     def training_windows(self) -> torch.Tensor:
         """All training windows without labels, ``(20 x train, 32)``: the text of the pre-training."""
         return torch.cat([task.inputs[:, :WINDOW] for task in self.tasks])
 
-    def base_model(self, *, retrain: bool = False) -> PreTrainedModel:
+    def base_model(self, *, retrain: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Load the base model of the seed, a fresh copy each time.
 
         Parameters
         ----------
         retrain : bool
             Train anew, whatever is shipped or cached, and renew the cache.
+        device : str or torch.device
 
         Returns
         -------
         transformers.LlamaForCausalLM
-            In training mode, float32, on the CPU. `SHIPPED_SEEDS` come with the package; any other seed is trained
-            once (some 5 seconds) and cached.
+            In training mode, float32. The models of `SHIPPED_SEEDS` at the default size come with the package; any
+            other is trained once (some 8 seconds) and cached.
         """
         name = f"stdlib-tasks-{self.seed}"
-        model = untrained(self.seed)
-        if not retrain and shipped.has(name):
-            return shipped.restore(model, shipped.read(name)).train()
+        model = untrained(self.seed, self.width, self.layers)
+        default = (self.width, self.layers, self.pretraining) == (64, 2, 150)
+        if not retrain and default and shipped.has(name):
+            made: Any = shipped.restore(model, shipped.read(name)).train()
+            return made.to(device)  # type: ignore[no-any-return]
         windows = self.training_windows()
         key = {
             "seed": self.seed,
             "torch": torch.__version__,
             "windows": [len(windows), int(windows.sum())],
+            "model": [self.width, self.layers, self.pretraining],
         }
         weights = cached(
             "stdlib-tasks",
             key,
-            lambda: shipped.state(train_base_model(self)[0]),
+            lambda: shipped.state(train_base_model(self, steps=self.pretraining, device=device)[0]),
             kind="tensors",
             code=[untrained, train_base_model, _windows, train_steps, updates],
             rebuild=retrain,
         )
-        return shipped.restore(model, weights).train()
+        made = shipped.restore(model, weights).train()
+        return made.to(device)  # type: ignore[no-any-return]
 
 
-def untrained(seed: int) -> PreTrainedModel:
-    """Make the Llama that pre-training begins with: width 64, 2 layers, 4 heads, 0.5 M parameters."""
+def untrained(seed: int, width: int = 64, layers: int = 2) -> PreTrainedModel:
+    """Make the Llama with 4 heads that pre-training begins with; 0.5 M parameters by default."""
     return tiny(
         "llama",
-        width=64,
-        layers=2,
+        width=width,
+        layers=layers,
         heads=4,
         vocab=VOCAB,
-        intermediate_size=192,
+        intermediate_size=3 * width,
         tie_word_embeddings=False,
+        init=0.02,  # the default of the class
         pad_token_id=PAD,
         seed=seed,
     )
@@ -375,6 +405,7 @@ def train_base_model(
     *,
     steps: int = 150,
     lr: float = 3e-3,
+    device: torch.device | str = "cpu",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> tuple[PreTrainedModel, TrainingLog]:
     """Train the base model: next-token prediction on all training windows, 32 a step.
@@ -384,8 +415,8 @@ def train_base_model(
     model, log
         Model in evaluation mode; losses in nats a token.
     """
-    model = untrained(world.seed)
-    windows = world.training_windows()
+    model: Any = untrained(world.seed, world.width, world.layers).to(device)  # type: ignore[arg-type]
+    windows = world.training_windows().to(device)
     generator = torch.Generator().manual_seed(3_000_000 + world.seed)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -395,7 +426,9 @@ def train_base_model(
 
     log = TrainingLog()
     start = time.process_time()
-    run: Iterable[Any] = train_steps(model, batches(), steps, lr=lr)
+    run: Iterable[Any] = train_steps(
+        model, batches(), steps, lr=lr, warmup=0, schedule="constant", betas=(0.9, 0.999)
+    )
     for step in progress(run) if progress is not None else run:
         log.losses.append(step.loss)
     log.cpu_seconds = time.process_time() - start

@@ -49,6 +49,26 @@ class Record:
         return self.rule.stage(model, index, task)
 
 
+def gradients(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Masked gradients of one batch; two processes shard the model (FSDP2) and halve the batch."""
+    model = tiny("llama", vocab=64, width=32, tie_word_embeddings=False, seed=1)
+    ids = torch.randint(64, (8, 10), generator=torch.Generator().manual_seed(7))
+    if world > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        ids = ids.chunk(world)[rank]
+    with MIGU(model) as migu:
+        model(input_ids=ids, labels=ids).loss.backward()
+        migu.apply()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {name: getattr(g, "full_tensor", lambda g=g: g)().clone() for name, g in found.items()}
+
+
 def main(folder: Path) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder.mkdir(exist_ok=True, parents=True)
@@ -66,6 +86,7 @@ def main(folder: Path) -> None:
             last = rule.masks()
             differ = any(not torch.equal(last[key], mask) for key, mask in record.own.items())
             (folder / "facts.json").write_text(json.dumps({"world": world, "own masks differ": differ}))
+    save_file(gradients(rank, world), folder / f"sharded-{rank}.safetensors")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

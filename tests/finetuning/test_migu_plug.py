@@ -74,7 +74,9 @@ def trained_by_hand(model: nn.Module, *, mask: bool = True, before_clip: bool = 
         sums: dict[str, torch.Tensor] = {}
         handles = [
             module.register_forward_hook(
-                lambda m, i, o, name=name: sums.__setitem__(name, o.detach().abs().flatten(0, -2).sum(0))
+                lambda m, i, o, name=name, sums=sums: sums.__setitem__(
+                    name, o.detach().abs().flatten(0, -2).sum(0)
+                )
             )
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
@@ -476,6 +478,14 @@ def test_two_processes_mask_and_train_as_one(tmp_path: Path) -> None:
         ]
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, rtol=0, atol=2e-5)
+    whole, *shards = (
+        load_file(tmp_path / where / f"sharded-{rank}.safetensors")
+        for where, rank in (("alone", 0), ("pair", 0), ("pair", 1))
+    )
+    for shard in shards:
+        for name, value in whole.items():
+            assert torch.equal(shard[name] == 0, value == 0), name
+            torch.testing.assert_close(shard[name], value, rtol=1e-3, atol=1e-6)
     facts = json.loads((tmp_path / "pair" / "facts.json").read_text())
     # each process saw half of the rows, and alone would have chosen other rows
     assert facts["world"] == 2

@@ -137,6 +137,22 @@ def test_other_seeds_are_trained_once(own_cache, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(first.lm_head.weight, stdlib_tasks.untrained(3).lm_head.weight)
 
 
+def test_probes_are_text_of_the_task_alone(world: StdlibTasks) -> None:
+    task = world.tasks[3]
+    one, other = (world.probe(task, 16, seed)["input_ids"] for seed in (0, 1))
+    assert one.shape == (16, 32)
+    known = {tuple(row) for row in task.inputs[:, :32].tolist()}
+    assert all(tuple(row) in known for row in one.tolist())
+    assert not torch.equal(one, other)
+
+
+def test_larger_models_are_no_shipped_ones(own_cache) -> None:
+    world = StdlibTasks(0, train=4, test=1, width=32, layers=1, pretraining=2)
+    model = world.base_model()
+    assert model.config.hidden_size == 32
+    assert model.config.num_hidden_layers == 1
+
+
 def test_counts_are_checked() -> None:
     for name in ("train", "test", "batch_size", "steps"):
         with pytest.raises(ValueError, match=f"{name} must be a positive whole number, got 0"):

@@ -160,6 +160,10 @@ class RowMasking:
             masked += 1
             _mask_rows(weight.grad, chosen, layer.dim)
             if self.mask == "update":
+                if hasattr(weight, "device_mesh"):
+                    raise ValueError(
+                        'mask="update" does not work with sharded weights (FSDP2): use mask="gradient" or DDP'
+                    )
                 rows = (~chosen).nonzero().squeeze(1)
                 self._kept.append((layer, rows, weight.detach().index_select(layer.dim, rows)))
         if not masked:
