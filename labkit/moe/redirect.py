@@ -123,6 +123,9 @@ class Redirect:
     Under gradient checkpointing the rule is asked again in the backward pass, with the mask of the last forward pass: do
     one backward pass for each forward pass, and let the rule be deterministic.
 
+    `capture_routing` records the routers' own decisions, not the rule's. On JetMoE, whose router hands over the ragged form
+    itself, start capturing before the rule is put on.
+
     Examples
     --------
     Every expert for every token:

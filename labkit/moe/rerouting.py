@@ -63,6 +63,8 @@ def reroute(
     ValueError
         For an unknown ``tokens`` or ``how``, a missing or superfluous threshold, unknown layers, or masks that do not fit
         the batch.
+    RuntimeError
+        In a forward pass, if another rule changes the same layers.
 
     Examples
     --------
@@ -97,6 +99,11 @@ def reroute(
     generator = torch.Generator().manual_seed(seed)
 
     def rule(info: RoutingInfo, call: BlockCall) -> RoutingInfo:
+        if info.pairs is not None:
+            raise RuntimeError(
+                f"another rule has decided what layer {info.layer} computes (GlobalWorkspace in training?): leave it, or "
+                "call model.eval()"
+            )
         draws = torch.rand(info.num_tokens, info.num_experts, generator=generator)
         concerned = _concerned(info, tokens, threshold) & info.real()
         sent[info.layer] = sent.get(info.layer, 0) + int(concerned.sum())

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from labkit.moe import MoEBlock, capture_inputs, moe_blocks, reroute, router_entropy, uncertain_tokens
+from labkit.moe import (
+    GlobalWorkspace,
+    MoEBlock,
+    capture_inputs,
+    moe_blocks,
+    reroute,
+    router_entropy,
+    uncertain_tokens,
+)
 from tests.moe import zoo
 
 
@@ -84,8 +92,8 @@ def test_worst_is_farthest_from_the_own_output():
     x = torch.randn(1, 5, 8)
     seen = []
     block.before_dispatch.append(lambda info: seen.append(info) or info)
-    own = block(x)
-    outputs = moe_blocks(block)[0].expert_outputs(x)
+    own = block(x).detach()
+    outputs = moe_blocks(block)[0].expert_outputs(x).detach()
     with reroute(block, "all", "worst"):
         moved = block(x)
         with pytest.raises(RuntimeError, match="as a module"):
@@ -130,6 +138,16 @@ def test_jetmoe():
         with reroute(model, "all"):
             assert not torch.equal(model(**given).logits, before)
         assert torch.equal(model(**given).logits, before)
+
+
+def test_another_rule_on_the_same_layers_is_noticed():
+    block = MoEBlock.build(8, 16, 4, 1).train()
+    with (
+        GlobalWorkspace(block, rule="all"),
+        reroute(block, "all"),
+        pytest.raises(RuntimeError, match="another rule"),
+    ):
+        block(torch.randn(1, 5, 8))
 
 
 def test_bad_input():
