@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -282,6 +283,23 @@ def test_threshold_above_all_entropies_and_no_slots_change_nothing():
         with GlobalWorkspace(model, **options) as workspace:
             assert torch.equal(model(**given).logits, before)
         assert workspace.stats[0].broadcast == 0
+
+
+def test_lora_on_the_experts():
+    given = zoo.inputs("Mixtral", padded=2)
+    base = zoo.make("Mixtral").train()
+    with GlobalWorkspace(base, threshold=1.95):
+        expected = base(**given).logits
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[], target_parameters=targets))
+    with GlobalWorkspace(model, threshold=1.95) as workspace:
+        logits = model(**given).logits
+        logits.square().mean().backward()
+    torch.testing.assert_close(logits, expected)
+    assert 0 < workspace.stats[0].broadcast < workspace.stats[0].tokens == 12
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        moe_blocks(model)[0].matrices(0)
 
 
 def test_autocast():
