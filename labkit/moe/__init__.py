@@ -36,7 +36,21 @@ __getattr__, __dir__, __all__ = attach(
         "block": ["MoEBlock", "MoEOutput", "SharedExpert", "collect_routing"],
         "capacity": ["expert_capacity", "within_capacity"],
         "experts": ["Experts", "labkit_experts_forward", "use_labkit_experts"],
+        "gw_moe": ["GlobalWorkspace", "WorkspaceStats", "workspace_slots"],
+        "hypermoe": [
+            "HyperExpertConfig",
+            "HyperExpertGenerator",
+            "HyperExpertSide",
+            "HyperExperts",
+            "SharedSideExpert",
+            "SideWeights",
+            "add_hyper_experts",
+            "load_hyper",
+            "remove_hyper_experts",
+            "save_hyper",
+        ],
         "losses": ["importance_cv2", "load_balancing_loss", "load_cv2", "router_z_loss"],
+<<<<<<< HEAD
         "rmoe": [
             "RecurrentGate",
             "RecurrentMixtralForCausalLM",
@@ -52,6 +66,10 @@ __getattr__, __dir__, __all__ = attach(
             "router_parameters",
             "save_recurrent",
         ],
+=======
+        "redirect": ["BlockCall", "Redirect"],
+        "rerouting": ["reroute"],
+>>>>>>> moe-gw
         "routers": [
             "ROUTERS",
             "CosineRouter",
@@ -71,5 +89,6 @@ __getattr__, __dir__, __all__ = attach(
         "saving": ["load_moe", "replace_module", "save_moe"],
         "stats": ["RoutingStats", "cross_layer_information", "moe_stats", "router_entropy"],
         "switch": ["SwitchBlock"],
+        "uncertainty": ["uncertain_tokens"],
     },
 )

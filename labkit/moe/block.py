@@ -265,6 +265,8 @@ class MoEBlock(nn.Module):
         context = {} if token_ids is None else {"token_ids": token_ids}
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, D)
         info, state = self.gate.route(hidden_states, state, mask, layer=self.layer, **context)
+        if hidden_states.ndim == 3:
+            info.sequences = hidden_states.shape[0]
         info = self._limit(info, hidden_states.shape[0])
         for hook in self.before_dispatch:
             info = hook(info)

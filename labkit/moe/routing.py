@@ -146,6 +146,8 @@ class RoutingInfo:
     pairs : Pairs or None
         Set by rules with a variable number of experts a token. Where set, it is what the experts compute, and ``index``
         and ``weights`` remain the router's own choice.
+    sequences : int
+        Sequences of equal length that the T tokens make up, one after the other; 1 where it is not known.
 
     Examples
     --------
@@ -165,6 +167,7 @@ class RoutingInfo:
     layer: int = -1
     kept: Tensor | None = None
     pairs: Pairs | None = field(default=None, repr=False)
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         tokens, experts = self.logits.shape if self.logits.ndim == 2 else (-1, -1)
@@ -281,6 +284,7 @@ class RoutingInfo:
             self.layer,
             moved(self.kept),
             None if self.pairs is None else self.pairs.to(device),
+            self.sequences,
         )
 
     def detach(self) -> RoutingInfo:

@@ -478,7 +478,8 @@ def test_sweep_plots_follow_the_choice(tab, out, top, swept):
 def test_gallery_table_filters_and_has_a_text_twin(top):
     claims = len(papers.load("nacl").claims)
     good, bad = claims // 2, claims - claims // 2  # the fixture's verdicts take turns, the first one failing
-    assert str(gallery.table()).startswith(f"kv  nacl  {good} ✓  {bad} ✗  ")
+    lines = {line.split()[1]: line for line in str(gallery.table()).splitlines() if len(line.split()) > 1}
+    assert lines["nacl"].split()[:6] == ["kv", "nacl", str(good), "✓", str(bad), "✗"]
     assert "href='kv/nacl.ipynb'" in gallery.table()._repr_html_()
     assert str(gallery.table(family="moe")) == "no paper fits"
     assert str(gallery.table(verdict="untestable here")) == "no paper fits"
@@ -512,6 +513,6 @@ def test_readme_changes_only_between_the_markers(top):
     text = path.read_text()
     assert text.startswith(f"a\n{gallery.BEGIN}\n| paper |")
     assert text.endswith(f"{gallery.END}\nb")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "[notebook](notebooks/kv/nacl.ipynb)" in text
     assert not gallery.write_readme()

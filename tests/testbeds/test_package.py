@@ -31,7 +31,8 @@ def test_shipped_files_keep_the_budget_and_have_recipes() -> None:
     assert sum(path.stat().st_size for path in files) <= 20_000_000
     for path in files:
         recipe = json.loads(path.with_suffix(".json").read_text())
-        assert {"seed", "steps", "accuracy", "function", "versions", "parameters"} <= set(recipe)
+        assert {"seed", "steps", "function", "versions", "parameters"} <= set(recipe)
+        assert {"accuracy", "loss"} & set(recipe), path.name
         assert {"python", "torch", "transformers"} <= set(recipe["versions"])
 
 

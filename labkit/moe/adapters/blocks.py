@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from labkit.moe.adapters.decisions import RouterForm, choice, own_logits
-from labkit.moe.adapters.matrices import ExpertMatrices, linear_of, mlp_matrices, readable
+from labkit.moe.adapters.matrices import ExpertMatrices, linear_of, mlp_matrices, readable, unwrapped
 from labkit.moe.routing import RoutingInfo
 
 
@@ -54,8 +54,8 @@ class BlockAdapter:
 
     @property
     def experts(self) -> nn.Module:
-        """The module that holds the experts."""
-        return self.module.experts  # type: ignore[return-value]
+        """The module that holds the experts, without the wrappers that peft puts around it."""
+        return unwrapped(self.module.experts)  # type: ignore[return-value]
 
     @property
     def num_experts(self) -> int:
@@ -204,6 +204,20 @@ class FusedAdapter(BlockAdapter):
     """Experts in three-dimensional parameters."""
 
     @property
+    def width(self) -> int:
+        experts: Any = self.experts
+        return int(experts.down_proj.shape[2 if getattr(experts, "is_transposed", False) else 1])
+
+    def _merged(self) -> Any:
+        """The experts, whose parameters are what runs."""
+        if self.module.experts is not self.experts:
+            raise ValueError(
+                f"{self.name}: a peft adapter on the experts adds to their matrices only while they run; call "
+                "merge_and_unload() on the model to read them"
+            )
+        return self.experts
+
+    @property
     def num_experts(self) -> int:
         experts: Any = self.experts
         return int(experts.down_proj.shape[0])
@@ -217,7 +231,7 @@ class FusedAdapter(BlockAdapter):
         return states.index_select(dim, even), states.index_select(dim, even + 1)
 
     def matrices(self, expert: int) -> ExpertMatrices:
-        experts: Any = self.experts
+        experts: Any = self._merged()
         down = readable(experts.down_proj, f"{self.name}.experts.down_proj")[expert]
         name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
         into = readable(getattr(experts, name), f"{self.name}.experts.{name}")[expert]
@@ -230,7 +244,7 @@ class FusedAdapter(BlockAdapter):
 
     def _into(self, expert: int, hidden: Tensor) -> Tensor:
         """What the activation is applied to: ``(T, 2f)``, or ``(T, f)`` where nothing is gated."""
-        experts: Any = self.experts
+        experts: Any = self._merged()
         name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
         weight, bias = getattr(experts, name)[expert], getattr(experts, f"{name}_bias", None)
         weight = weight.T if getattr(experts, "is_transposed", False) else weight
@@ -315,7 +329,7 @@ def _adapter(module: nn.Module) -> type[BlockAdapter] | None:
     if hasattr(module, "input_linear") and hasattr(module, "output_linear"):
         # JetMoE's attention experts have both too, but apply no activation
         return ParallelAdapter if hasattr(module, "activation") else None
-    experts = getattr(module, "experts", None)
+    experts = unwrapped(getattr(module, "experts", None))
     if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         return ListAdapter if len(experts) else None
     down = getattr(experts, "down_proj", None)

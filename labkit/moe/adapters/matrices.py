@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,3 +94,10 @@ def linear_of(router: nn.Module, experts: int) -> tuple[Tensor, Tensor | None] |
             bias = getattr(holder, "bias", None)
             return weight, bias if isinstance(bias, Tensor) else None
     return None
+
+
+def unwrapped(experts: Any) -> Any:
+    """Take off the wrappers that peft puts around a module, of which ``base_layer`` is the inside."""
+    while isinstance(experts, nn.Module) and isinstance(getattr(experts, "base_layer", None), nn.Module):
+        experts = experts.base_layer
+    return experts
