@@ -50,7 +50,6 @@ __getattr__, __dir__, __all__ = attach(
             "save_hyper",
         ],
         "losses": ["importance_cv2", "load_balancing_loss", "load_cv2", "router_z_loss"],
-<<<<<<< HEAD
         "rmoe": [
             "RecurrentGate",
             "RecurrentMixtralForCausalLM",
@@ -66,10 +65,8 @@ __getattr__, __dir__, __all__ = attach(
             "router_parameters",
             "save_recurrent",
         ],
-=======
         "redirect": ["BlockCall", "Redirect"],
         "rerouting": ["reroute"],
->>>>>>> moe-gw
         "routers": [
             "ROUTERS",
             "CosineRouter",
