@@ -489,7 +489,9 @@ def test_gallery_table_filters_and_has_a_text_twin(top):
     # Claims of papers without a notebook count as registered.
     every = [papers.load(slug) for slug in papers.slugs()]
     total = sum(len(paper.claims) for paper in every)
-    assert gallery.headline() == f"{len(every)} papers, {total} claims: {good} reproduced, {bad} not reproduced"
+    assert (
+        gallery.headline() == f"{len(every)} papers, {total} claims: {good} reproduced, {bad} not reproduced"
+    )
 
 
 def test_gallery_panel_filters(top):
