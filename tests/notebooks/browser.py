@@ -316,7 +316,7 @@ class Page:
             return Drag(found=False)
         handle = handles.nth(index)
         handle.scroll_into_view_if_needed()
-        cell = self.tab.locator(".jp-Notebook .jp-Cell").filter(has=handle).element_handle()
+        cell = handle.evaluate_handle("e => e.closest('.jp-Cell')")
         label = handle.evaluate(
             "e => (e.closest('.labkit-control') ?? e.closest('.widget-slider')).innerText.split('\\n')[0]"
         )
@@ -350,7 +350,7 @@ class Page:
             return Drag(found=False)
         rail = rails.nth(index)
         rail.scroll_into_view_if_needed()
-        cell = self.tab.locator(".jp-Notebook .jp-Cell").filter(has=rail).element_handle()
+        cell = rail.evaluate_handle("e => e.closest('.jp-Cell')")
         before = cell.evaluate(self._DRAWN)
         box = rail.bounding_box()
         active = rail.evaluate("e => e.closest('.js-plotly-plot')._fullLayout.sliders[0].active")
