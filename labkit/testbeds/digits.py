@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import nearest, tiny
 from labkit.testbeds.training import IGNORED, learning_rate, train_steps
@@ -357,17 +356,16 @@ def digits_model(
     True
     """
     kinds = tuple(task.kind for task in _tasks(kinds))
-    name, model = f"digits-{seed}", _blank(seed, width, layers)
-    if kinds == PRETRAINED and (width, layers) == (64, 2) and not retrain and shipped.has(name):
-        return shipped.restore(model, shipped.read(name)).to(device)  # type: ignore[arg-type]
-
-    def build() -> dict[str, torch.Tensor]:
-        return shipped.state(train_digits_model(seed, kinds, width=width, layers=layers, device=device)[0])
-
-    key = {"seed": seed, "kinds": kinds, "width": width, "layers": layers, "torch": torch.__version__}
-    code = [DigitTask, train_digits_model, train_steps, updates]
-    weights = cached("digits", key, build, kind="tensors", code=code, rebuild=retrain)
-    return shipped.restore(model, weights).to(device)  # type: ignore[arg-type]
+    model: Any = shipped.load(
+        f"digits-{seed}",
+        _blank(seed, width, layers),
+        lambda: train_digits_model(seed, kinds, width=width, layers=layers, device=device)[0],
+        key=lambda: {"seed": seed, "kinds": kinds, "width": width, "layers": layers},
+        code=[DigitTask, train_digits_model, train_steps, updates],
+        default=kinds == PRETRAINED and (width, layers) == (64, 2),
+        retrain=retrain,
+    )
+    return model.to(device)  # type: ignore[no-any-return]
 
 
 def _blank(seed: int, width: int, layers: int) -> PreTrainedModel:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import nearest, tiny
 from labkit.testbeds.training import IGNORED, TrainingLog, train_steps
@@ -355,21 +354,12 @@ def facts_model(
     True
     """
     FactsWorld(seed, templates=templates)
-    model = untrained(seed, family, **config)
-    name = f"facts-{family}-{templates}-{seed}"
-    if not config and not retrain and shipped.has(name):
-        return shipped.restore(model, shipped.read(name))
-
-    def build() -> dict[str, torch.Tensor]:
-        trained, _ = train_facts(seed, family=family, templates=templates, progress=progress, **config)
-        return shipped.state(trained)
-
-    key = {
-        "seed": seed,
-        "family": family,
-        "templates": templates,
-        "config": config,
-        "torch": torch.__version__,
-    }
-    code = [FactsWorld, untrained, train_facts, train_steps, updates]
-    return shipped.restore(model, cached("facts", key, build, kind="tensors", code=code, rebuild=retrain))
+    return shipped.load(
+        f"facts-{family}-{templates}-{seed}",
+        untrained(seed, family, **config),
+        lambda: train_facts(seed, family=family, templates=templates, progress=progress, **config)[0],
+        key=lambda: {"seed": seed, "family": family, "templates": templates, "config": config},
+        code=[FactsWorld, untrained, train_facts, train_steps, updates],
+        default=not config,
+        retrain=retrain,
+    )

@@ -21,7 +21,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from labkit.lab.cache import cached
 from labkit.testbeds import retrieval, shipped
 from labkit.testbeds.corpus import split, stdlib_text
 from labkit.testbeds.models import tiny
@@ -77,6 +76,12 @@ def streams() -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer = text_tokenizer()
     training, held_out = (encode(tokenizer, part) for part in split(stdlib_text("docs")))
     return training[training >= retrieval.VOCAB], held_out[held_out >= retrieval.VOCAB]
+
+
+def text_fingerprint() -> list[int]:
+    """Tell the text of one Python version from another's, for the keys of cached models."""
+    text, _ = streams()
+    return [len(text), int(text.sum())]
 
 
 def untrained(seed: int) -> PreTrainedModel:
@@ -207,17 +212,20 @@ def language_model(
     >>> tokenizer.decode(model(prompt["input_ids"]).logits[0, -1].argmax())
     '<value9>'
     """
-    name = f"language-{seed}"
-    if not retrain and shipped.has(name):
-        model = tiny("llama", width=64, layers=2, heads=4, vocab=VOCAB, rope_theta=1000.0, seed=seed)
-        return shipped.restore(model, shipped.read(name)), text_tokenizer()
-
-    def build() -> dict[str, torch.Tensor]:
-        return shipped.state(train_language_model(seed, progress=progress)[0])
-
-    model = tiny("llama", width=64, layers=2, heads=4, vocab=VOCAB, rope_theta=1000.0, seed=seed)
-    text, _ = streams()
-    key = {"seed": seed, "torch": torch.__version__, "text": [len(text), int(text.sum())]}
-    code = [RetrievalTask, untrained, training_batch, _two_losses, train_language_model, train_steps, updates]
-    weights = cached("language", key, build, kind="tensors", code=code, rebuild=retrain)
-    return shipped.restore(model, weights), text_tokenizer()
+    model = shipped.load(
+        f"language-{seed}",
+        tiny("llama", width=64, layers=2, heads=4, vocab=VOCAB, rope_theta=1000.0, seed=seed),
+        lambda: train_language_model(seed, progress=progress)[0],
+        key=lambda: {"seed": seed, "text": text_fingerprint()},
+        code=[
+            RetrievalTask,
+            untrained,
+            training_batch,
+            _two_losses,
+            train_language_model,
+            train_steps,
+            updates,
+        ],
+        retrain=retrain,
+    )
+    return model, text_tokenizer()

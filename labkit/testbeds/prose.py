@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import corpus, shipped
-from labkit.testbeds.language import VOCAB, streams
+from labkit.testbeds.language import VOCAB, streams, text_fingerprint
 from labkit.testbeds.models import tiny
 from labkit.testbeds.training import TrainingLog, lm_loss, train_steps, windows
 from labkit.training.update import updates
@@ -102,18 +101,14 @@ def prose_model(
     >>> model.config.num_attention_heads, model.config.num_key_value_heads, held_out_loss(model) < 2.5
     (8, 8, True)
     """
-    name = f"prose-{seed}"
-    if not retrain and shipped.has(name):
-        return shipped.restore(untrained(seed), shipped.read(name))
-
-    def build() -> dict[str, torch.Tensor]:
-        return shipped.state(train_prose_model(seed, progress=progress)[0])
-
-    text, _ = streams()
-    key = {"seed": seed, "torch": torch.__version__, "text": [len(text), int(text.sum())]}
-    code = [untrained, train_prose_model, train_steps, updates]
-    weights = cached("prose", key, build, kind="tensors", code=code, rebuild=retrain)
-    return shipped.restore(untrained(seed), weights)
+    return shipped.load(
+        f"prose-{seed}",
+        untrained(seed),
+        lambda: train_prose_model(seed, progress=progress)[0],
+        key=lambda: {"seed": seed, "text": text_fingerprint()},
+        code=[untrained, train_prose_model, train_steps, updates],
+        retrain=retrain,
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import tiny
 from labkit.testbeds.training import IGNORED, TrainingLog, train_steps
@@ -442,14 +441,12 @@ def load(
     >>> accuracy(model, prompts=64) > 0.9
     True
     """
-    name = f"retrieval-{seed}"
-    model = retrieval_model(seed, kv_heads=kv_heads, **config)
-    if kv_heads == 4 and not config and not retrain and shipped.has(name):
-        return shipped.restore(model, shipped.read(name))
-
-    def build() -> dict[str, torch.Tensor]:
-        return shipped.state(train_retrieval(seed, kv_heads=kv_heads, progress=progress, **config)[0])
-
-    key = {"seed": seed, "kv_heads": kv_heads, "config": config, "torch": torch.__version__}
-    code = [RetrievalTask, copy_batch, _mixed_task, retrieval_model, train_retrieval, train_steps, updates]
-    return shipped.restore(model, cached("retrieval", key, build, kind="tensors", code=code, rebuild=retrain))
+    return shipped.load(
+        f"retrieval-{seed}",
+        retrieval_model(seed, kv_heads=kv_heads, **config),
+        lambda: train_retrieval(seed, kv_heads=kv_heads, progress=progress, **config)[0],
+        key=lambda: {"seed": seed, "kv_heads": kv_heads, "config": config},
+        code=[RetrievalTask, copy_batch, _mixed_task, retrieval_model, train_retrieval, train_steps, updates],
+        default=kv_heads == 4 and not config,
+        retrain=retrain,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel
+
+from labkit.lab.cache import cached
 
 FOLDER = Path(str(resources.files("labkit.testbeds"))) / "weights"
 
@@ -88,6 +90,48 @@ def read(name: str) -> dict[str, torch.Tensor]:
     """Read shipped weights."""
     recipe(name)
     return safetensors.torch.load_file(FOLDER / f"{name}.safetensors")
+
+
+def load(
+    name: str,
+    blank: PreTrainedModel,
+    train: Callable[[], PreTrainedModel],
+    *,
+    key: Callable[[], Mapping[str, Any]],
+    code: Sequence[Any],
+    default: bool = True,
+    retrain: bool = False,
+) -> PreTrainedModel:
+    """Load shipped weights; where there are none, train once and cache.
+
+    Parameters
+    ----------
+    name : str
+        Stem of the shipped files, ``<kind>-<seed>``.
+    blank : transformers.PreTrainedModel
+        Gets the weights.
+    train : callable
+        Makes the trained model.
+    key : callable
+        What the cached weights depend on, beside the version of torch; not called for shipped ones.
+    code : sequence
+        Functions and classes that the training is made of: cached weights of other code are not used.
+    default : bool
+        Whether the settings are those of the shipped weights.
+    retrain : bool
+        Train anew, whatever is shipped or cached, and renew the cache.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        ``blank``, in evaluation mode.
+    """
+    if default and not retrain and has(name):
+        return restore(blank, read(name))
+    about = {**key(), "torch": torch.__version__}
+    kind = name.rsplit("-", 1)[0]
+    weights = cached(kind, about, lambda: state(train()), kind="tensors", code=code, rebuild=retrain)
+    return restore(blank, weights)
 
 
 def write(name: str, model: PreTrainedModel, facts: Mapping[str, Any], *, half: bool = False) -> Path:

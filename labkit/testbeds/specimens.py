@@ -24,10 +24,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.corpus import split, stdlib_text
-from labkit.testbeds.language import VOCAB, streams
+from labkit.testbeds.language import VOCAB, streams, text_fingerprint
 from labkit.testbeds.models import nearest, tiny
 from labkit.testbeds.training import TrainingLog, lm_loss, train_steps, windows
 from labkit.training.update import updates
@@ -218,19 +217,19 @@ def specimen(
     nearest(kind, KINDS, "kind")
     if not train and not retrain:
         seed = SHIPPED_SEEDS[seed % len(SHIPPED_SEEDS)]
-    name = f"specimen-{kind}-{seed}"
-    if not retrain and shipped.has(name):
-        return shipped.restore(untrained(kind, seed), shipped.read(name))
 
-    def build() -> dict[str, torch.Tensor]:
+    def trained() -> PreTrainedModel:
         start = specimen("dense", seed, retrain=retrain) if kind == "upcycled" else None
-        return shipped.state(train_specimen(kind, seed, start=start, progress=progress)[0])
+        return train_specimen(kind, seed, start=start, progress=progress)[0]
 
-    text, _ = streams()
-    key = {"kind": kind, "seed": seed, "torch": torch.__version__, "text": [len(text), int(text.sum())]}
-    code = [untrained, copied_experts, balanced_loss, train_specimen, train_steps, updates]
-    weights = cached("specimens", key, build, kind="tensors", code=code, rebuild=retrain)
-    return shipped.restore(untrained(kind, seed), weights)
+    return shipped.load(
+        f"specimen-{kind}-{seed}",
+        untrained(kind, seed),
+        trained,
+        key=lambda: {"kind": kind, "seed": seed, "text": text_fingerprint()},
+        code=[untrained, copied_experts, balanced_loss, train_specimen, train_steps, updates],
+        retrain=retrain,
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from labkit.lab.cache import cached
 from labkit.testbeds import shipped
 from labkit.testbeds.models import tiny
 from labkit.testbeds.training import IGNORED, TrainingLog, train_steps
@@ -359,29 +358,22 @@ class StdlibTasks:
             In training mode, float32. The models of `SHIPPED_SEEDS` at the default size come with the package; any
             other is trained once (some 8 seconds) and cached.
         """
-        name = f"stdlib-tasks-{self.seed}"
-        model = untrained(self.seed, self.width, self.layers)
-        default = (self.width, self.layers, self.pretraining) == (64, 2, 150)
-        if not retrain and default and shipped.has(name):
-            made: Any = shipped.restore(model, shipped.read(name)).train()
-            return made.to(device)  # type: ignore[no-any-return]
-        windows = self.training_windows()
-        key = {
-            "seed": self.seed,
-            "torch": torch.__version__,
-            "windows": [len(windows), int(windows.sum())],
-            "model": [self.width, self.layers, self.pretraining],
-        }
-        weights = cached(
-            "stdlib-tasks",
-            key,
-            lambda: shipped.state(train_base_model(self, steps=self.pretraining, device=device)[0]),
-            kind="tensors",
+        size = (self.width, self.layers, self.pretraining)
+
+        def about() -> dict[str, Any]:
+            windows = self.training_windows()
+            return {"seed": self.seed, "windows": [len(windows), int(windows.sum())], "model": size}
+
+        model: Any = shipped.load(
+            f"stdlib-tasks-{self.seed}",
+            untrained(self.seed, self.width, self.layers),
+            lambda: train_base_model(self, steps=self.pretraining, device=device)[0],
+            key=about,
             code=[untrained, train_base_model, _windows, train_steps, updates],
-            rebuild=retrain,
+            default=size == (64, 2, 150),
+            retrain=retrain,
         )
-        made = shipped.restore(model, weights).train()
-        return made.to(device)  # type: ignore[no-any-return]
+        return model.train().to(device)  # type: ignore[no-any-return]
 
 
 def untrained(seed: int, width: int = 64, layers: int = 2) -> PreTrainedModel:
