@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,19 +63,32 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def share_of_sevens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that costs next to nothing."""
+    return [ids.count(7) / len(ids) for ids in completion_ids]
+
+
 class Fitted:
     """A trainer of one kind, and the CPU seconds of the parts of its iterations."""
 
-    def __init__(self, device: str, length: int, **changes: Any) -> None:
+    def __init__(
+        self,
+        device: str,
+        length: int,
+        reward: Any = share_of_sevens,
+        hooks: Sequence[Any] = (),
+        **changes: Any,
+    ) -> None:
         config = PPOConfig(
             iterations=10_000, batch_size=16, max_new_tokens=length, eos_token_id=None, learning_rate=1e-6
         )
         self.trainer = PPOTrainer(
             small_llama().to(device),
-            lambda completion_ids, **_: [ids.count(7) / len(ids) for ids in completion_ids],
+            reward,
             replace(config, **changes),
             [{"input_ids": list(range(3, 3 + length))} for length in range(4, 12)],
             value_model=ValueModel.from_backbone(small_llama().to(device)),
+            token_rewards=hooks,
         )
         if device == "cpu":
             self.trainer.collector.clock = time.process_time
@@ -98,6 +111,31 @@ class Fitted:
             for phase in PHASES
         }
         return found | {"update and bookkeeping": 1 - sum(found.values())}
+
+
+def print_shares(fitted: dict[str, Fitted]) -> None:
+    """A table of the parts of an iteration."""
+    columns = [*PHASES, "update and bookkeeping"]
+    print(f"{'share of the iteration':28}" + "".join(f"{name.split()[0]:>12}" for name in columns))
+    for name, one in fitted.items():
+        shares = one.shares()
+        print(f"{name:28}" + "".join(f"{shares[column]:12.2%}" for column in columns))
+    print()
+
+
+def split_records(fitted: dict[str, Fitted], setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same for the results."""
+    return [
+        {
+            "kind": "split",
+            "op": "PPO iteration",
+            "provider": name,
+            "setting": setting,
+            "shares": {key: round(value, 5) for key, value in one.shares().items()},
+            "environment": bench.environment(),
+        }
+        for name, one in fitted.items()
+    ]
 
 
 def credit(device: str, rule: Callable[..., torch.Tensor] | None) -> Callable[[bench.Stopwatch], float]:
@@ -140,22 +178,8 @@ def main() -> None:
     )
     print(race, end="\n\n")
     records: list[dict[str, Any]] = race.records()
-    columns = [*PHASES, "update and bookkeeping"]
-    print(f"{'share of the iteration':28}" + "".join(f"{name.split()[0]:>12}" for name in columns))
-    for name in names:
-        shares = fitted[name].shares()
-        print(f"{name:28}" + "".join(f"{shares[column]:12.1%}" for column in columns))
-        records.append(
-            {
-                "kind": "split",
-                "op": "PPO iteration",
-                "provider": name,
-                "setting": setting,
-                "shares": {key: round(value, 5) for key, value in shares.items()},
-                "environment": bench.environment(),
-            }
-        )
-    print()
+    print_shares(fitted)
+    records += split_records(fitted, setting)
     rules = {name: RULES[name].get("segmenter") for name in names if "ratio" not in RULES[name]}
     race = bench.race(
         {name: credit(options.device, rule) for name, rule in rules.items()},

@@ -36,8 +36,8 @@ class CuriosityModule(PreTrainedModel):
     .. math:: e_t = \lVert f(\phi(s_t), a_t) - \phi(s_{t+1}) \rVert_2
 
     :math:`\phi` has three linear layers (D, 2D, 2D, D) and f three (2D, I, I, D), with ReLU between. There is no inverse
-    model, and the target :math:`\phi(s_{t+1})` is trained too, as in the authors' code: features may shrink, so watch
-    `feature_norm`.
+    model, and the target :math:`\phi(s_{t+1})` is trained too, as in the authors' code: features may shrink, which
+    would be the trivial way to predict them. ``curiosity/feature_norm`` of `CuriosityReward` shows it.
 
     Parameters
     ----------
@@ -120,6 +120,10 @@ class CuriosityModule(PreTrainedModel):
         ValueError
             When the shapes do not fit each other or the module.
         """
+        return self.compare(states, actions)[0]
+
+    def compare(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Prediction errors, as `forward` has them, and the features ``(B, T + 1, D)`` that they come from."""
         width = self.config.hidden_size
         if states.shape[-1] != width or actions.shape[-1] != width:
             raise ValueError(
@@ -132,12 +136,7 @@ class CuriosityModule(PreTrainedModel):
             )
         features = self.encoder(states.to(self.dtype))  # (B, T + 1, D)
         predicted = self.dynamics(torch.cat([features[:, :-1], actions.to(self.dtype)], -1))  # (B, T, D)
-        return (predicted - features[:, 1:]).float().norm(dim=-1)
-
-    @torch.no_grad()
-    def feature_norm(self, states: Tensor) -> float:
-        """Mean length of the features: near 0, the module has found the trivial way to predict them."""
-        return float(self.encoder(states.to(self.dtype)).float().norm(dim=-1).mean())
+        return (predicted - features[:, 1:]).float().norm(dim=-1), features
 
 
 def _mlp(start: int, inner: int, end: int) -> nn.Sequential:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Reduce = Callable[[Tensor], Tensor]
 
 
+def _itself(values: Tensor) -> Tensor:
+    return values
+
+
 class TopKGate:
     """Open for tokens that are not among the k likeliest of the distribution that they were drawn from.
 
@@ -122,8 +126,10 @@ class GateBonus:
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
         """Token rewards ``(B, T)`` of a rollout."""
-        open_ = (self.gate(batch.ranks) & batch.mask).sum() / batch.mask.sum().clamp(min=1)
-        self._metrics = {"curiosity/gate_open": float(open_)}
+        mask = batch.mask.bool()
+        sums = torch.stack([(self.gate(batch.ranks) & mask).sum(), mask.sum()])
+        opened, count = (batch.reduce or _itself)(sums).tolist()
+        self._metrics = {"curiosity/gate_open": opened / max(count, 1)}
         return self.rewards(batch.ranks, batch.mask)
 
     def metrics(self) -> dict[str, float]:
@@ -232,6 +238,10 @@ class CuriosityReward:
 
     def error(self, ref_hidden: Tensor | None, tokens: Tensor) -> Tensor:
         """Prediction errors ``(B, T)`` from states ``(B, T + 1, D)`` and tokens ``(B, T)``; padding included."""
+        return self._compare(ref_hidden, tokens)[0]
+
+    def _compare(self, ref_hidden: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors, and the features of the states."""
         if self.icm is None or self._embed is None:
             raise RuntimeError("attach the policy first: CuriosityReward.attach(policy)")
         if ref_hidden is None:
@@ -240,8 +250,7 @@ class CuriosityReward:
                 "that returns them"
             )
         actions = self._embed(tokens).detach()  # (B, T, D)
-        errors: Tensor = self.icm(ref_hidden, actions)
-        return errors
+        return self.icm.compare(ref_hidden, actions)
 
     @torch.no_grad()
     def intrinsic(
@@ -277,19 +286,18 @@ class CuriosityReward:
     @torch.no_grad()
     def __call__(self, batch: RolloutBatch) -> Tensor:
         """Token rewards ``(B, T)`` of a rollout."""
-        errors = self.error(batch.ref_hidden, batch.tokens)
+        errors, features = self._compare(batch.ref_hidden, batch.tokens)
         paid = self.intrinsic(errors, batch.mask, batch.ranks, reduce=batch.reduce)
         mask = batch.mask.bool()
         open_ = mask if self.gate is None else self.gate(batch.ranks) & mask
-        sums = torch.stack([mask.sum(), (errors * mask).sum(), open_.sum(), paid.sum()]).double()
-        count, error, opened, total = (batch.reduce(sums) if batch.reduce is not None else sums).tolist()
-        assert self.icm is not None
-        assert batch.ref_hidden is not None
+        norms = features[:, 1:].float().norm(dim=-1)
+        sums = torch.stack([x.sum().to(paid.dtype) for x in (mask, errors * mask, open_, paid, norms * mask)])
+        count, error, opened, total, norm = (batch.reduce or _itself)(sums).tolist()
         self._metrics |= {
             "curiosity/error": error / max(count, 1),
             "curiosity/gate_open": opened / max(count, 1),
             "curiosity/paid": self.eta * total / max(count, 1),
-            "curiosity/feature_norm": self.icm.feature_norm(batch.ref_hidden),
+            "curiosity/feature_norm": norm / max(count, 1),
         }
         return self.eta * paid
 
@@ -348,7 +356,8 @@ class CuriosityReward:
         -------
         dict
             ``curiosity/error`` (mean e), ``curiosity/gate_open`` (share of tokens), ``curiosity/paid`` (mean reward a
-            token), ``curiosity/feature_norm`` (mean length of the features), and ``curiosity/loss`` of the last step.
+            token), ``curiosity/feature_norm`` (mean length of the features after a token), and ``curiosity/loss`` of the
+            last step.
         """
         return dict(self._metrics)
 
