@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "languages": ["LANGUAGES", "Language", "get_language"],
         "limits": ["Limits"],
-        "kinds": ["KINDS", "SandboxUnavailable", "available_kinds"],
-        "room": ["Sandbox", "SandboxResult"],
+        "kinds": ["KINDS", "available_kinds"],
+        "opening": ["SandboxResult", "SandboxUnavailable"],
+        "room": ["Sandbox"],
     },
 )

@@ -7,18 +7,13 @@ import os
 import shutil
 import sys
 import tempfile
-from typing import Literal
 
-from labkit.sandbox.jail import seccomp
+from labkit.sandbox.jail import kernel, seccomp
 from labkit.sandbox.limits import Limits
+from labkit.sandbox.opening import Kind, SandboxUnavailable, open_room
 
-Kind = Literal["bubblewrap", "namespaces", "uid", "landlock", "weak"]
 KINDS: tuple[Kind, ...] = ("bubblewrap", "namespaces", "uid", "landlock")
 _SHOWN = 200  # characters of what a failed probe said
-
-
-class SandboxUnavailable(RuntimeError):
-    """No room can be opened here, or the program's language is not installed; the message says why."""
 
 
 def _missing(kind: Kind) -> str | None:
@@ -29,11 +24,8 @@ def _missing(kind: Kind) -> str | None:
         return f"there is no filter of system calls for {os.uname().machine}"
     if kind == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
-    if kind in ("uid", "landlock"):
-        from labkit.sandbox.jail import kernel
-
-        if kernel.landlock_version() < 1:
-            return "the kernel has no Landlock"
+    if kind in ("uid", "landlock") and kernel.landlock_version() < 1:
+        return "the kernel has no Landlock"
     if kind == "uid" and os.geteuid() != 0:
         return "it needs root"
     if kind == "landlock" and os.geteuid() == 0:
@@ -69,10 +61,6 @@ def why_not(kind: Kind) -> str | None:
     missing = _missing(kind)
     if missing:
         return missing
-    from labkit.sandbox.room import Sandbox
-
-    box = object.__new__(Sandbox)  # its own choice of a kind asks here
-    box.kind, box.limits, box.readable = kind, Limits(seconds=20), []
     # A file of our own: where the package itself lies, a room may show it with the interpreter.
     with tempfile.TemporaryDirectory(prefix="labkit-probe-") as folder:
         os.chmod(folder, 0o755)
@@ -81,7 +69,7 @@ def why_not(kind: Kind) -> str | None:
             file.write("canary")
         try:
             outside = [canary, f"/proc/{os.getpid()}/environ", "/etc/shadow", "/etc/hostname"]
-            result = box.run(_PROBE % (outside, os.getpid()))
+            result = open_room(kind, Limits(seconds=20), _PROBE % (outside, os.getpid()))
         except SandboxUnavailable as error:
             return str(error)
     said = (result.stdout.strip() or result.stderr.strip())[-_SHOWN:]
