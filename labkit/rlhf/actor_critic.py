@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from labkit.rlhf.config import PPOConfig
 from labkit.rlhf.logprobs import CHUNK, TokenStats, anatomy, model_inputs, stats_of_states
 from labkit.rlhf.rollout import RolloutBatch
 from labkit.rlhf.values import ValueModel, value_head, write_head
@@ -83,6 +85,28 @@ class ActorCritic(nn.Module):
         own = {id(p): p for p in self.policy.parameters() if p.requires_grad}
         other = [p for p in self.value.parameters() if p.requires_grad and id(p) not in own]
         return list(own.values()), other
+
+    def optimizer(
+        self,
+        config: PPOConfig,
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    ) -> torch.optim.Optimizer:
+        """AdamW, or what `make` makes, on the two groups with their learning rates.
+
+        Raises
+        ------
+        ValueError
+            When the policy has nothing to train.
+        """
+        policy, value = self.groups()
+        if not policy:
+            raise ValueError("the policy has no trainable parameter: every requires_grad is False")
+        groups: list[dict[str, Any]] = [{"params": policy, "lr": config.learning_rate}]
+        if value:
+            groups.append({"params": value, "lr": config.value_learning_rate or config.learning_rate})
+        if make is not None:
+            return make(groups)
+        return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
 
     def forward(self, batch: RolloutBatch, entropy_grad: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the response tokens, entropies and values before them, each ``(B, T)``."""

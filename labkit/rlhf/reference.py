@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from labkit.rlhf.config import PPOConfig
 from labkit.rlhf.logprobs import anatomy, check_causal, plain
 
 
@@ -50,3 +52,22 @@ class Reference:
             self.model.disable_adapter() if self.adapters else nullcontext()
         )
         return context
+
+
+def needed(config: PPOConfig, hooks: Iterable[Any]) -> bool:
+    """Whether a run asks for a reference: for a KL penalty or its target, for its segmenter, or for a token reward.
+
+    Examples
+    --------
+    >>> needed(PPOConfig(iterations=1, batch_size=1, kl_coef=0.0), [])
+    False
+    """
+    return (
+        config.kl_coef > 0
+        or config.kl_target is not None
+        or bool(getattr(config.segmenter, "needs_reference", False))
+        or any(
+            getattr(hook, "needs_ref_hidden", False) or getattr(hook, "needs_reference", False)
+            for hook in hooks
+        )
+    )

@@ -376,3 +376,23 @@ def as_rewards(reward: Any) -> list[Any]:
         else:
             raise TypeError(f"a reward must be callable or a transformers model, got {type(one).__name__}")
     return found
+
+
+def as_weights(weights: Sequence[float] | None, rewards: int) -> list[float]:
+    """One weight a reward, 1 by default.
+
+    Raises
+    ------
+    ValueError
+        For another number of weights than rewards.
+
+    Examples
+    --------
+    >>> as_weights(None, 2)
+    [1.0, 1.0]
+    """
+    if weights is None:
+        return [1.0] * rewards
+    if len(weights) != rewards:
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {rewards} rewards: give one each")
+    return [float(weight) for weight in weights]

@@ -9,7 +9,7 @@ those of `labkit.training`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from labkit.rlhf.config import PPOConfig
 from labkit.rlhf.logprobs import check_causal
 from labkit.rlhf.minibatches import Minibatch, Updates, micro_batch_loss
 from labkit.rlhf.prompts import Prompts
-from labkit.rlhf.reference import Reference
-from labkit.rlhf.rewards import AdaptiveKL, as_rewards, name_of
+from labkit.rlhf.records import IterationRecord
+from labkit.rlhf.reference import Reference, needed
+from labkit.rlhf.rewards import AdaptiveKL, as_rewards, as_weights
 from labkit.rlhf.rollout import RolloutBatch
 from labkit.rlhf.values import chosen_value_model
 from labkit.training.loop import TrainingConfig, TrainingLoop
@@ -38,7 +39,7 @@ class _Loop(TrainingLoop):
         super().__init__(*parts, **options)
 
     def _log(self, record: dict[str, Any]) -> None:
-        whole = self.trainer._summary(record)
+        whole = self.trainer._whole(record)
         if whole is not None:
             super()._log(whole)
 
@@ -164,20 +165,11 @@ class PPOTrainer:
         self.config = config = args
         self.policy = model
         self.rewards = as_rewards(reward)
-        self.reward_weights = _weights(reward_weights, len(self.rewards))
+        self.reward_weights = as_weights(reward_weights, len(self.rewards))
         self.token_rewards = list(token_rewards)
         self.prompts = Prompts(train_dataset, processing_class, config.batch_size, config.seed)
-        needed = (
-            ref_model is not None
-            or config.kl_coef > 0
-            or config.kl_target is not None
-            or getattr(config.segmenter, "needs_reference", False)
-            or any(
-                getattr(hook, "needs_ref_hidden", False) or getattr(hook, "needs_reference", False)
-                for hook in self.token_rewards
-            )
-        )
-        self.reference = Reference(model, ref_model) if needed else None
+        wanted = ref_model is not None or needed(config, self.token_rewards)
+        self.reference = Reference(model, ref_model) if wanted else None
         self.actor_critic = ActorCritic(
             model,
             chosen_value_model(model, value_model),
@@ -186,8 +178,6 @@ class PPOTrainer:
             dropout=config.dropout,
         )
         self.controller = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-        self._groups = self.actor_critic.groups()
-        made = self._optimizer(optimizer)
         self.processes = processes or choose(
             config.precision,
             None if config.device == "auto" else config.device,
@@ -195,8 +185,9 @@ class PPOTrainer:
             self.actor_critic,
         )
         self._check_processes()
-        if self.reference is not None and not self.reference.adapters:
-            self.reference.model.to(self.processes.device)
+        self._place()
+        self._groups = self.actor_critic.groups()
+        made = self.actor_critic.optimizer(config, optimizer)
         self.collector = Collector(
             self.actor_critic,
             self.reference,
@@ -208,8 +199,8 @@ class PPOTrainer:
             self.controller,
             self.processes,
         )
-        self._clear()
         guests = [*self.rewards, *self.token_rewards]
+        self._record = IterationRecord(guests)
         for guest in guests:
             if hasattr(guest, "setup"):
                 guest.setup(self)
@@ -309,7 +300,7 @@ class PPOTrainer:
 
     def _rollout(self, iteration: int) -> RolloutBatch:
         batch = self.collect(iteration)
-        self._measured = dict(self.collector.metrics)
+        self._record.rollout = dict(self.collector.metrics)
         return batch
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -373,20 +364,14 @@ class PPOTrainer:
                 f"minibatches times {config.accumulate} micro-batches: take a multiple of {cut}"
             )
 
-    def _optimizer(
-        self, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None
-    ) -> torch.optim.Optimizer:
-        config = self.config
-        policy, value = self._groups
-        if not policy:
-            raise ValueError("the policy has no trainable parameter: every requires_grad is False")
-        second = config.value_learning_rate or config.learning_rate
-        groups: list[dict[str, Any]] = [{"params": policy, "lr": config.learning_rate}]
-        if value:
-            groups.append({"params": value, "lr": second})
-        if make is not None:
-            return make(groups)
-        return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
+    def _place(self) -> None:
+        """Put all models where the batches go, before hooks look there for theirs; one that is spread over devices stays."""
+        models: list[nn.Module] = [self.policy, self.actor_critic.value]
+        if self.reference is not None and not self.reference.adapters:
+            models.append(self.reference.model)
+        for one in models:
+            if len(getattr(one, "hf_device_map", None) or ()) < 2:
+                one.to(self.processes.device)
 
     def _loss(self, model: Any, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         return micro_batch_loss(model, part, self.config, self.processes.world * self.config.accumulate)
@@ -397,7 +382,7 @@ class PPOTrainer:
         for name, group in zip(("policy", "value"), self._groups, strict=True):
             if group:
                 norm = self.processes.clip(group, float("inf") if limit is None else limit)
-                self._norms.setdefault(f"{name}/grad_norm", []).append(float(norm))
+                self._record.norm(name, float(norm))
 
     def _after(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Let hooks learn after an update, and rewards after the last of an iteration."""
@@ -414,48 +399,16 @@ class PPOTrainer:
             for reward in self.rewards:
                 if hasattr(reward, "update"):
                     reward.update(self._data.batch_of_iteration)
-            self.controller.update(self._measured.get("objective/kl", 0.0), self.config.batch_size)
+            self.controller.update(self._record.rollout.get("objective/kl", 0.0), self.config.batch_size)
 
-    def _clear(self) -> None:
-        self._sums: list[Mapping[str, float]] = []
-        self._norms: dict[str, list[float]] = {}
-
-    def _summary(self, record: dict[str, Any]) -> dict[str, Any] | None:
+    def _whole(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """The iteration's record after its last update, else None."""
-        self._sums.append(record)
-        if record["step"] % self.config.updates:
+        self._record.add(record)
+        iteration, amid = divmod(record["step"], self.config.updates)
+        if amid:
             return None
-        whole: dict[str, Any] = {
-            "step": record["step"],
-            "iteration": record["step"] // self.config.updates,
-            "episode": record["step"] // self.config.updates * self.config.batch_size,
-            "lr": record["lr"],
-            "loss": _mean([one["loss"] for one in self._sums]),
-            **self._measured,
+        return self._record.close(iteration, iteration * self.config.batch_size) | {
+            "time/rollout": round(self._data.seconds, 4),
+            "time/update": round(time.perf_counter() - self._data.ended, 4),
+            "seconds": record["seconds"],
         }
-        names = [name for name in record if "/" in name]
-        whole |= {name: _mean([one[name] for one in self._sums]) for name in names}
-        whole |= {name: _mean(norms) for name, norms in self._norms.items()}
-        for guest in (*self.rewards, *self.token_rewards):
-            if hasattr(guest, "metrics"):
-                whole |= {
-                    name if "/" in name else f"{name_of(guest)}/{name}": float(value)
-                    for name, value in guest.metrics().items()
-                }
-        whole["time/rollout"] = round(self._data.seconds, 4)
-        whole["time/update"] = round(time.perf_counter() - self._data.ended, 4)
-        whole["seconds"] = record["seconds"]
-        self._clear()
-        return whole
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _weights(weights: Sequence[float] | None, rewards: int) -> list[float]:
-    if weights is None:
-        return [1.0] * rewards
-    if len(weights) != rewards:
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {rewards} rewards: give one each")
-    return [float(weight) for weight in weights]

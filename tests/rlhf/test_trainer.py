@@ -12,17 +12,21 @@ import pytest
 import torch
 
 from labkit.rlhf import (
+    CalibratedRewardModel,
+    CuriosityReward,
     FixedNgram,
     PerplexityRise,
     PPOConfig,
     PPOTrainer,
     RewardModel,
+    RunningLowess,
     ValueModel,
     macro_gae,
     sequence_stats,
 )
 from labkit.testbeds.models import tiny
 from labkit.testbeds.tokenizers import byte_tokenizer
+from labkit.training.processes import OneProcess
 
 from .toy import PROMPTS, Spread, config, full, numbers, policy, share, trainer
 
@@ -449,6 +453,26 @@ def test_chat_prompts_reach_rewards_as_messages() -> None:
     assert tokenizer.decode(batch.prompt_ids[0].tolist()) == "<user>hey<assistant>"
     assert seen[0][0][0] == chat[0]["prompt"]
     assert seen[0][1][0] == [{"role": "assistant", "content": batch.completions[0]}]
+
+
+def test_all_models_go_where_the_batches_go() -> None:
+    """A device that holds no numbers shows the moves: models given on the CPU, and what hooks make in their set-up."""
+    hook, scorer = CuriosityReward(), tiny("llama", vocab=10, seed=2, head="classification", num_labels=1)
+    scorer.config.pad_token_id = 0
+    calibrated = CalibratedRewardModel(scorer, RunningLowess(), "token_length")
+    made = trainer(
+        reward=[
+            RewardModel(tiny("llama", vocab=10, seed=1, head="classification", num_labels=1)),
+            calibrated,
+        ],
+        value_model=ValueModel.from_backbone(policy(1)),
+        token_rewards=[hook],
+        processes=OneProcess(torch.device("meta")),
+    )
+    parts = [made.policy, made.value_model, made.reference.model, made.rewards[0].model, scorer, hook.icm]
+    assert [{p.device.type for p in part.parameters()} for part in parts] == [{"meta"}] * 6
+    held = {id(p) for group in made._loop.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in made.actor_critic.parameters()}
 
 
 def test_short_responses_are_left_out_and_counted() -> None:

@@ -177,14 +177,17 @@ class CalibratedRewardModel:
     # ---- what a trainer calls, if it knows of it: set-up, one call per rollout, checkpoints, metrics
 
     def setup(self, trainer: Any) -> None:
-        """Let a trainer that has ``gather`` give one common curve to all processes; updates then come from `update`."""
+        """Put a classifier where the trainer is, and let a trainer that has ``gather`` give one common curve to all
+        processes; updates then come from `update`."""
         if hasattr(self.rm, "setup"):
             self.rm.setup(trainer)
+        self._device = getattr(trainer, "device", None) or getattr(
+            getattr(trainer, "processes", None), "device", None
+        )
+        if self._classifier and self._device is not None and len(getattr(self.rm, "hf_device_map", ())) < 2:
+            self.rm.to(self._device)
         if hasattr(trainer, "gather"):
             self._gather = trainer.gather
-            self._device = getattr(trainer, "device", None) or getattr(
-                getattr(trainer, "processes", None), "device", None
-            )
 
     def update(self, batch: Any) -> None:
         """Once per rollout: let the running curve learn from the last batch, of all processes."""
