@@ -96,7 +96,7 @@ class ActorCritic(nn.Module):
         Raises
         ------
         ValueError
-            When the policy has nothing to train.
+            When the policy has nothing to train, or AdamW would have to train float16 weights.
         """
         policy, value = self.groups()
         if not policy:
@@ -106,6 +106,11 @@ class ActorCritic(nn.Module):
             groups.append({"params": value, "lr": config.value_learning_rate or config.learning_rate})
         if make is not None:
             return make(groups)
+        if any(weight.dtype == torch.float16 for weight in (*policy, *value)):
+            raise ValueError(
+                "trained weights are float16, in which AdamW's eps of 1e-8 is 0 and its steps are nan: load policy and "
+                "value model with dtype=torch.bfloat16 or torch.float32, or pass an optimizer of your own"
+            )
         return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
 
     def forward(self, batch: RolloutBatch, entropy_grad: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from labkit.kernels import macro_gae as kernels
-from labkit.rlhf.segments import check_segments
+from labkit.rlhf.segments import ALIASES, check_segments
 
 
 def check_mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def macro_gae(
     gamma, lam : float
         Per macro action.
     value_pooling : {"equal", "unit", "position"}
-        Weights of the tokens' values.
+        Weights of the tokens' values; also by the names ``"mean"``, ``"last"``, ``"harmonic"``.
     macro_reward : {"sum", "mean"}
         Sum of the tokens' rewards, or their average with the values' weights.
     allow_empty : bool
@@ -135,6 +135,7 @@ def macro_gae(
     >>> macro_gae(reward, value, torch.tensor([[0, 0, 1, 1]]), lam=0.5)[0].tolist()
     [[0.5, 0.5, 1.0, 1.0]]
     """
+    value_pooling = ALIASES.get(value_pooling, value_pooling)
     if value_pooling not in ("equal", "unit", "position"):
         raise ValueError(f"value_pooling must be 'equal', 'unit' or 'position', got {value_pooling!r}")
     if macro_reward not in ("sum", "mean"):

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit.rlhf.actor_critic import ActorCritic
 from labkit.rlhf.advantages import gae, macro_gae, whiten
@@ -55,6 +55,12 @@ class Collector:
         self.rewards, self.weights, self.hooks = rewards, weights, hooks
         self.prompts, self.config, self.controller, self.processes = prompts, config, controller, processes
         self.needs_hidden = any(getattr(hook, "needs_ref_hidden", False) for hook in hooks)
+        if self.needs_hidden and reference is not None and isinstance(reference.parts.head, nn.Identity):
+            raise ValueError(
+                f"a token reward asks for the reference's hidden states, which "
+                f"{type(plain(reference.model)).__name__} does not show apart from its logits: take a decoder with a "
+                f"plain head as ref_model"
+            )
         self.ends = end_tokens(config, prompts.tokenizer, model.policy)
         self.pad = pad_token(config, prompts.tokenizer, self.ends)
         self.metrics: dict[str, float] = {}
@@ -158,12 +164,6 @@ class Collector:
                         return_hidden=self.needs_hidden,
                     )
                 batch.ref_logprobs, batch.ref_hidden = found.logprobs, found.hidden
-        if self.needs_hidden and batch.ref_hidden is None:
-            raise ValueError(
-                f"a token reward asks for the reference's hidden states, which "
-                f"{type(plain(self.reference.model if self.reference else None)).__name__} does not show apart from "
-                f"its logits: take a decoder with a plain head as ref_model"
-            )
         return batch
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from labkit.rlhf.segments import ALIASES
+
 KLEstimator = Literal["k1", "k2", "k3"]
-Pooling = Literal["equal", "unit", "position"]
+Pooling = Literal["equal", "unit", "position", "mean", "last", "harmonic"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "kl_estimator": ("k1", "k2", "k3"),
@@ -102,12 +104,13 @@ class PPOConfig:
     segmenter : callable, optional
         Groups tokens into macro actions, such as `FixedNgram`. None is token PPO.
     value_pooling : {"equal", "unit", "position"}
-        How the values of a macro action's tokens make its value, see `macro_gae`.
+        How the values of a macro action's tokens make its value, see `macro_gae`; ``"mean"``, ``"last"`` and ``"harmonic"``
+        are other names of them.
     macro_reward : {"sum", "mean"}
         Reward of a macro action: the sum over its tokens (the paper), or the average with the same weights as the
         value (the official code, which shrinks the KL penalty with the length of the group).
     ratio : {"token", "joint"}
-        Whether the clipped ratio is each token's, or the product over a macro action.
+        Whether the clipped ratio is each token's, or the product over a macro action (also ``"macro"``).
     learning_rate, value_learning_rate : float
         Of the policy and of the value model.
     betas, weight_decay
@@ -178,7 +181,7 @@ class PPOConfig:
     segmenter: Callable[..., Any] | None = None
     value_pooling: Pooling = "equal"
     macro_reward: Literal["sum", "mean"] = "sum"
-    ratio: Literal["token", "joint"] = "token"
+    ratio: Literal["token", "joint", "macro"] = "token"
     learning_rate: float = 1e-5
     value_learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
@@ -195,6 +198,8 @@ class PPOConfig:
     find_unused_parameters: bool = False
 
     def __post_init__(self) -> None:
+        for name, others in (("value_pooling", ALIASES), ("ratio", {"macro": "joint"})):
+            object.__setattr__(self, name, others.get(str(getattr(self, name)), getattr(self, name)))
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

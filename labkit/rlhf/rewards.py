@@ -196,9 +196,9 @@ def call_reward(
         found = found.detach().float().cpu().reshape(-1).tolist() if found.ndim <= 1 else found.tolist()
     try:
         numbers = [0.0 if value is None else float(value) for value in found]
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(
-            f"{name} must return a list of numbers, one a completion; got {type(found).__name__}"
+            f"{name} must return a list of numbers, one a completion; got {str(found)[:80]!r}"
         ) from None
     if len(numbers) != len(completions):
         raise ValueError(f"{name} returned {len(numbers)} rewards for {len(completions)} completions")

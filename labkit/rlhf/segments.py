@@ -6,9 +6,9 @@ MA-RLHF is a segment; token PPO is the case where every token has one of its own
 Weights :math:`\sigma` of a segment :math:`\omega` of n tokens, i = 0 being its first:
 
 =============  ==============================================================
-``"equal"``    :math:`\sigma_i = 1/n`
-``"unit"``     1 for the last token, 0 for the others
-``"position"`` :math:`\sigma_i \propto 1/(i+1)`
+``"equal"``    :math:`\sigma_i = 1/n`; also ``"mean"``
+``"unit"``     1 for the last token, 0 for the others; also ``"last"``
+``"position"`` :math:`\sigma_i \propto 1/(i+1)`; also ``"harmonic"``
 =============  ==============================================================
 """
 
@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Reduce = Literal["sum", "mean", "equal", "unit", "last", "position"]
-_HOW = ("sum", "mean", "equal", "unit", "last", "position")
+Reduce = Literal["sum", "mean", "equal", "unit", "last", "position", "harmonic"]
+_HOW = ("sum", "equal", "unit", "position")
+ALIASES = {"mean": "equal", "last": "unit", "harmonic": "position"}
 
 
 def check_segments(segments: Tensor, mask: Tensor | None = None, *, allow_empty: bool = False) -> None:
@@ -115,13 +116,14 @@ def segment_weights(segments: Tensor, how: str, dtype: torch.dtype = torch.float
     >>> segment_weights(torch.tensor([[0, 0, 1, -1]]), "position").tolist()
     [[0.666..., 0.333..., 1.0, 0.0]]
     """
+    how = ALIASES.get(how, how)
     if how not in _HOW:
         raise ValueError(f"the rule must be one of {', '.join(map(repr, _HOW))}, got {how!r}")
     real = segments >= 0
     if how == "sum":
         return real.to(dtype)
     end = torch.full_like(segments[:, :1], -1)
-    if how in ("unit", "last"):
+    if how == "unit":
         return (real & (segments != torch.cat([segments[:, 1:], end], 1))).to(dtype)
     weights = real.to(dtype)
     if how == "position":
@@ -140,8 +142,8 @@ def segment_reduce(x: Tensor, segments: Tensor, how: str = "sum") -> Tensor:
         ``(B, T)``.
     segments : Tensor
         ``(B, T)`` ids, -1 on padding.
-    how : {"sum", "mean", "equal", "unit", "last", "position"}
-        ``"mean"`` is ``"equal"``, ``"last"`` is ``"unit"``.
+    how : {"sum", "equal", "unit", "position"}
+        Or another name of the last three: ``"mean"``, ``"last"``, ``"harmonic"``.
 
     Returns
     -------

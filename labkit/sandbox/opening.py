@@ -51,6 +51,13 @@ class SandboxResult:
         A few words where the room ended it.
     peak_memory_mb : float
         The most memory that was seen in use; 0 for a program too short to be looked at.
+
+    Examples
+    --------
+    >>> from labkit.sandbox import Sandbox
+    >>> result = Sandbox().run("print('so far'); 1 / 0")
+    >>> result.status, result.stdout, result.stderr.splitlines()[-1]
+    ('error', 'so far\\n', 'ZeroDivisionError: division by zero')
     """
 
     status: Status

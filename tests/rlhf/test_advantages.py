@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.rlhf import FixedNgram, gae, macro_gae, masked_mean, token_segments, whiten
+from labkit.rlhf import FixedNgram, PPOConfig, gae, macro_gae, masked_mean, token_segments, whiten
 from labkit.rlhf.segments import from_starts
 
 
@@ -251,12 +251,26 @@ def test_an_empty_mask_has_mean_zero_and_no_credit() -> None:
     assert not advantages.any()
 
 
+def test_rules_have_second_names() -> None:
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[1.0, -3.0, 5.0, 7.0]])
+    ids = torch.tensor([[0, 0, 0, 1]])
+    by = {
+        name: macro_gae(rewards, values, ids, value_pooling=name)[0]
+        for name in ("equal", "mean", "unit", "last", "position", "harmonic")
+    }
+    for one, other in (("equal", "mean"), ("unit", "last"), ("position", "harmonic")):
+        assert torch.equal(by[one], by[other])
+        assert PPOConfig(iterations=1, batch_size=1, value_pooling=other).value_pooling == one
+    assert not any(torch.equal(by[a], by[b]) for a, b in (("equal", "unit"), ("unit", "position")))
+    assert PPOConfig(iterations=1, batch_size=1, segmenter=len, ratio="macro").ratio == "joint"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            {"value_pooling": "harmonic"},
-            "value_pooling must be 'equal', 'unit' or 'position', got 'harmonic'",
+            {"value_pooling": "median"},
+            "value_pooling must be 'equal', 'unit' or 'position', got 'median'",
         ),
         ({"macro_reward": "max"}, "macro_reward must be 'sum' or 'mean', got 'max'"),
         ({"segments": torch.tensor([[0, 2, 2]])}, "skip from 0 to 2 at position 1"),

@@ -335,6 +335,35 @@ def ppo(policy, tmp_path=None, iterations=3, hooks=(), **how):
     )
 
 
+def test_a_reference_of_another_width_is_refused_at_the_start():
+    narrow, wide = (tiny("llama", width=w, heads=2, layers=1, vocab=20, seed=0) for w in (8, WIDTH))
+    with pytest.raises(ValueError, match="reference's hidden states have width 8, the policy's .* 16"):
+        PPOTrainer(
+            wide,
+            lambda completions, **_: [0.0] * len(completions),
+            PPOConfig(iterations=1, batch_size=2, eos_token_id=None),
+            [{"input_ids": [1]}],
+            ref_model=narrow,
+            token_rewards=[CuriosityReward()],
+            value_model="shared",
+        )
+
+
+def test_the_modules_rate_can_follow_the_policys(policy, batch):
+    """Two updates at factors 1 and 0: the second changes nothing, also when it comes after a resume."""
+    factors = [1.0, 0.0]
+    reward = attached(policy, lr=1e-2, schedule=factors.__getitem__)
+    start = reward.icm.encoder[0].weight.clone()
+    reward.update(batch)
+    first = reward.icm.encoder[0].weight.clone()
+    assert not torch.equal(first, start)
+    again = attached(policy, lr=1e-2, schedule=factors.__getitem__)
+    again.load_state_dict(copy.deepcopy(reward.state_dict()))
+    for one in (reward, again):
+        one.update(batch)
+        assert torch.equal(one.icm.encoder[0].weight, first)
+
+
 def test_in_ppo_eta_zero_is_plain_rlhf_to_the_bit():
     plain, free, paid = (tiny("llama", width=WIDTH, heads=2, layers=1, vocab=20, seed=0) for _ in range(3))
     history = ppo(plain).train()

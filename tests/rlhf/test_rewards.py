@@ -92,7 +92,7 @@ def test_functions_get_what_they_name() -> None:
         ([1.0, math.inf], "mine returned inf for completion 1: rewards must be finite"),
         (torch.tensor([math.nan, 0.0]), "mine returned nan for completion 0"),
         (None, "mine must return a list of numbers"),
-        ("ab", "could not convert|must return"),
+        ("ab", "mine must return a list of numbers, one a completion; got 'ab'"),
         (torch.zeros(2, 2), "mine must return a list of numbers"),
     ],
 )

@@ -505,6 +505,12 @@ def bad(
         trainer(model, reward, **options)
 
 
+def soft_prompts() -> Any:
+    """A policy whose hidden states can't be told from its logits."""
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(policy(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_misuse_is_refused_before_any_work() -> None:
     own = policy()
     bad("ref_model is the policy itself", model=own, ref_model=own)
@@ -514,6 +520,14 @@ def test_misuse_is_refused_before_any_work() -> None:
     bad("value_model must be a ValueModel, got LlamaForCausalLM", TypeError, value_model=policy())
     bad("encoder-decoder", TypeError, model=tiny("t5", seed=0))
     bad("every requires_grad is False", model=policy().requires_grad_(False))
+    bad("trained weights are float16", model=policy().half())
+    own_value = ValueModel.from_backbone(policy(1))
+    bad(
+        "not show apart from its logits",
+        model=soft_prompts(),
+        value_model=own_value,
+        token_rewards=[Spread()],
+    )
     bad("a reward must be callable or a transformers model, got int", TypeError, reward=3)
     bad("has 2 labels, one is needed", reward=tiny("llama", head="classification", num_labels=2, seed=0))
     bad("reward_weights has 2 numbers for 1 rewards", reward_weights=[1.0, 2.0])

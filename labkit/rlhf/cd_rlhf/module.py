@@ -18,6 +18,16 @@ class CuriosityConfig(PreTrainedConfig):
         D, of the reference's hidden states and of the policy's token embeddings.
     intermediate_size : int
         Hidden units of the forward model; the policy's own MLP size in the paper.
+
+    Raises
+    ------
+    ValueError
+        When a size is not a whole number from 1.
+
+    Examples
+    --------
+    >>> CuriosityModule(CuriosityConfig(hidden_size=8, intermediate_size=16)).dynamics[0].in_features
+    16
     """
 
     model_type = "labkit_curiosity"

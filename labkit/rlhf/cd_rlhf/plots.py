@@ -59,7 +59,7 @@ def paid_map(
     ]
     top = limit or max((abs(v) for row in shown for v in row if v is not None), default=0) or 1.0
     names = [str(i + 1) for i in range(len(words))]
-    figure = go.Figure(layout={"title": title, "height": height})
+    figure = go.Figure(layout={"title": f"<b>{title}</b>", "height": height})
     figure.add_heatmap(
         z=shown,
         x=list(range(1, width + 1)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.rlhf.cd_rlhf.module import CuriosityModule
+from labkit.rlhf.logprobs import plain
 
 if TYPE_CHECKING:
     from labkit.rlhf.rollout import RolloutBatch
@@ -78,6 +79,12 @@ def whitened(x: Tensor, mask: Tensor, *, padding: bool = False, reduce: Reduce |
     -------
     Tensor
         ``(B, T)``; the variance is the biased one.
+
+    Examples
+    --------
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> whitened(torch.tensor([[-1.0, -3.0, 9.0]]), mask).round(decimals=3).tolist()
+    [[1.0, -1.0, 0.0]]
     """
     weight = torch.ones_like(x) if padding else mask.to(x.dtype)
     x = x * mask
@@ -164,6 +171,8 @@ class CuriosityReward:
         As the authors' code, see `whitened`.
     squared : bool
         Train on the squared error, as the paper writes it; the code takes the norm.
+    schedule : callable, optional
+        Factor of `lr` at each of its updates, such as the policy's own, ``PPOConfig.factor``, which the authors' code takes.
     betas, weight_decay
         Of AdamW.
 
@@ -191,6 +200,7 @@ class CuriosityReward:
         whiten: bool = True,
         whiten_padding: bool = False,
         squared: bool = False,
+        schedule: Callable[[int], float] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
     ) -> None:
@@ -199,7 +209,8 @@ class CuriosityReward:
             raise ValueError(f"lr must be at least 0, got {lr!r}")
         self.eta, self.gate, self.icm, self.lr = float(eta), gate, icm, lr
         self.whiten, self.whiten_padding, self.squared = whiten, whiten_padding, squared
-        self.betas, self.weight_decay = betas, weight_decay
+        self.betas, self.weight_decay, self.schedule = betas, weight_decay, schedule
+        self.updates = 0
         self.optimizer: torch.optim.Optimizer | None = None
         self._embed: nn.Module | None = None
         self._metrics: dict[str, float] = {}
@@ -211,6 +222,13 @@ class CuriosityReward:
     def setup(self, trainer: Any) -> None:
         """Take the policy's embeddings, and make module and optimizer where there are none yet."""
         self.attach(trainer.policy)
+        assert self.icm is not None
+        width = plain(trainer.reference.model).config.get_text_config().hidden_size
+        if width != self.icm.config.hidden_size:
+            raise ValueError(
+                f"the reference's hidden states have width {width}, the policy's token embeddings "
+                f"{self.icm.config.hidden_size}: take a ref_model as wide as the policy"
+            )
 
     def attach(self, policy: Any) -> None:
         """As `setup`, for a loop of one's own.
@@ -345,7 +363,11 @@ class CuriosityReward:
             for parameter in self.icm.parameters():
                 if parameter.grad is not None:
                     parameter.grad.copy_(reduce(parameter.grad))
+        if self.schedule is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * self.schedule(self.updates)
         self.optimizer.step()
+        self.updates += 1
         self._metrics["curiosity/loss"] = float(shown)
         return float(shown)
 
@@ -362,10 +384,14 @@ class CuriosityReward:
         return dict(self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Module and optimizer."""
+        """Module, optimizer and the number of its updates."""
         assert self.icm is not None
         assert self.optimizer is not None
-        return {"icm": self.icm.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "icm": self.icm.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
@@ -373,6 +399,7 @@ class CuriosityReward:
         assert self.optimizer is not None
         self.icm.load_state_dict(state["icm"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = int(state["updates"])
 
 
 def check_eta(eta: float) -> None:

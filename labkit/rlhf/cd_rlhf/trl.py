@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit.rlhf.cd_rlhf.rewards import CuriosityReward
+from labkit.rlhf.logprobs import anatomy, sequence_stats
 
 
 class CuriosityRewardFunction:
@@ -58,6 +59,7 @@ class CuriosityRewardFunction:
             )
         self.curiosity, self.policy, self.ref_model = curiosity, policy, ref_model
         self.processing_class, self.per_token = processing_class, per_token
+        self._parts = anatomy(ref_model), anatomy(policy)
         curiosity.attach(policy)
 
     def __call__(
@@ -75,17 +77,13 @@ class CuriosityRewardFunction:
                 raise ValueError("give processing_class, so that prompts can be tokenised, or prompt_ids")
             prompt_ids = [self._encode(prompt) for prompt in prompts]
         device = self.policy.get_input_embeddings().weight.device
-        ids, seen, tokens, mask = (t.to(device) for t in _padded(prompt_ids, completion_ids))
-        start = ids.shape[1] - tokens.shape[1]  # prompts end here in every row
-        positions = (seen.long().cumsum(1) - 1).clamp(min=0)
-        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "use_cache": False}
+        rows = [t.to(device) for t in _padded(prompt_ids, completion_ids)]
+        tokens, mask = rows[2:]
         with torch.no_grad():
-            hidden = self.ref_model(**inputs, output_hidden_states=True).hidden_states[-1][:, start - 1 :]
-            logits = self.policy(**inputs).logits[:, start - 1 : -1].float()
-            own = logits.gather(-1, tokens[..., None])
-            ranks = (logits > own).sum(-1)  # (B, T)
-            paid = self.curiosity.intrinsic(self.curiosity.error(hidden, tokens), mask, ranks)
-        self.curiosity.step(hidden, tokens, mask)
+            states = sequence_stats(self.ref_model, *rows, parts=self._parts[0], return_hidden=True).hidden
+            ranks = sequence_stats(self.policy, *rows, parts=self._parts[1]).ranks
+            paid = self.curiosity.intrinsic(self.curiosity.error(states, tokens), mask, ranks)
+        self.curiosity.step(states, tokens, mask)
         total = paid.sum(1)
         if self.per_token:
             total = total / mask.sum(1).clamp(min=1)
@@ -104,16 +102,16 @@ class CuriosityRewardFunction:
 def _padded(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and attention mask ``(B, P + T)``, tokens and mask ``(B, T)``; prompts padded left, answers right."""
+    """Prompts and their mask ``(B, P)`` padded left, answers and theirs ``(B, T)`` padded right."""
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions")
     before, after = max(map(len, prompts), default=0), max(map(len, completions), default=0)
     if before == 0 or any(len(p) == 0 for p in prompts):
         raise ValueError("curiosity needs at least one token before an answer: a prompt is empty")
     ids = torch.zeros(len(prompts), before + after, dtype=torch.long)
-    seen = torch.zeros_like(ids)
+    seen = torch.zeros_like(ids, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
         ids[row, before - len(prompt) : before] = torch.tensor(list(prompt), dtype=torch.long)
         ids[row, before : before + len(answer)] = torch.tensor(list(answer), dtype=torch.long)
-        seen[row, before - len(prompt) : before + len(answer)] = 1
-    return ids, seen, ids[:, before:], seen[:, before:].bool()
+        seen[row, before - len(prompt) : before + len(answer)] = True
+    return ids[:, :before], seen[:, :before], ids[:, before:], seen[:, before:]

@@ -99,7 +99,7 @@ def credit_map(
     scale = [[(i + end) / len(_PALE), colour] for i, colour in enumerate(_PALE) for end in (0, 1)]
     single = token_segments(torch.ones(1, count, dtype=torch.bool))
     strips = [credit_at_end(ids, lam)[0] for ids in (single, segments[None])]
-    figure = go.Figure(layout={"title": title, "height": height, "showlegend": False})
+    figure = go.Figure(layout={"title": f"<b>{title}</b>", "height": height, "showlegend": False})
     figure.add_heatmap(
         z=_lines(shades, columns, None),
         text=_lines(seen, columns, ""),

@@ -17,13 +17,20 @@ _MOST = 2000
 def bias_figure(
     grid: Array, bias: Array, points: tuple[Array, Array] | None = None, **layout: Any
 ) -> go.Figure:
-    """Curve of a bias over a feature, and at most 2,000 of the answers that it was estimated on."""
+    """Curve of a bias over a feature, and at most 2,000 of the answers that it was estimated on.
+
+    Examples
+    --------
+    >>> figure = bias_figure(np.array([0.0, 10.0]), np.array([0.0, 1.0]), yaxis={"title": "score"})
+    >>> list(figure.data[0].y), figure.layout.yaxis.title.text
+    ([0.0, 1.0], 'score')
+    """
     try:
         import plotly.graph_objects as go
     except ImportError:
         raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
     defaults = {
-        "title": "What does the reward pay for length?",
+        "title": "<b>What does the reward pay for length?</b>",
         "xaxis": {"title": "length of the answer"},
         "yaxis": {"title": "reward"},
         "showlegend": False,

@@ -46,6 +46,16 @@ def load_calibrator(path: str | Path) -> Any:
     ------
     ValueError
         For a file that is none of these.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from labkit.rlhf import LinearCalibrator
+    >>> fitted = LinearCalibrator().fit(range(10), range(10))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load_calibrator(save_calibrator(fitted, f"{folder}/curve.json"))
+    >>> again.transform([3, 7], [3, 7]).tolist() == fitted.transform([3, 7], [3, 7]).tolist()
+    True
     """
     try:
         return _restored(json.loads(Path(path).read_text(encoding="utf-8")))
