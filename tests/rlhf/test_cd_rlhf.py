@@ -42,7 +42,7 @@ def batch(policy):
         tokens=torch.randint(policy.config.vocab_size, (3, 5), generator=generator),
         mask=mask,
         ranks=torch.tensor([[0, 1, 2, 0, 3], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
-        reduce=None,
+        reduce=lambda values: values,
     )
 
 

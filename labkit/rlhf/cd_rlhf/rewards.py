@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 Reduce = Callable[[Tensor], Tensor]
 
 
-def _itself(values: Tensor) -> Tensor:
-    return values
-
-
 class TopKGate:
     """Open for tokens that are not among the k likeliest of the distribution that they were drawn from.
 
@@ -135,7 +131,7 @@ class GateBonus:
         """Token rewards ``(B, T)`` of a rollout."""
         mask = batch.mask.bool()
         sums = torch.stack([(self.gate(batch.ranks) & mask).sum(), mask.sum()])
-        opened, count = (batch.reduce or _itself)(sums).tolist()
+        opened, count = batch.reduce(sums).tolist()
         self._metrics = {"curiosity/gate_open": opened / max(count, 1)}
         return self.rewards(batch.ranks, batch.mask)
 
@@ -310,7 +306,7 @@ class CuriosityReward:
         open_ = mask if self.gate is None else self.gate(batch.ranks) & mask
         norms = features[:, 1:].float().norm(dim=-1)
         sums = torch.stack([x.sum().to(paid.dtype) for x in (mask, errors * mask, open_, paid, norms * mask)])
-        count, error, opened, total, norm = (batch.reduce or _itself)(sums).tolist()
+        count, error, opened, total, norm = batch.reduce(sums).tolist()
         self._metrics |= {
             "curiosity/error": error / max(count, 1),
             "curiosity/gate_open": opened / max(count, 1),

@@ -77,11 +77,13 @@ class CuriosityRewardFunction:
                 raise ValueError("give processing_class, so that prompts can be tokenised, or prompt_ids")
             prompt_ids = [self._encode(prompt) for prompt in prompts]
         device = self.policy.get_input_embeddings().weight.device
-        rows = [t.to(device) for t in _padded(prompt_ids, completion_ids)]
-        tokens, mask = rows[2:]
+        before, seen, tokens, mask = (t.to(device) for t in _padded(prompt_ids, completion_ids))
         with torch.no_grad():
-            states = sequence_stats(self.ref_model, *rows, parts=self._parts[0], return_hidden=True).hidden
-            ranks = sequence_stats(self.policy, *rows, parts=self._parts[1]).ranks
+            known = sequence_stats(
+                self.ref_model, before, seen, tokens, mask, parts=self._parts[0], return_hidden=True
+            )
+            states = known.hidden
+            ranks = sequence_stats(self.policy, before, seen, tokens, mask, parts=self._parts[1]).ranks
             paid = self.curiosity.intrinsic(self.curiosity.error(states, tokens), mask, ranks)
         self.curiosity.step(states, tokens, mask)
         total = paid.sum(1)
