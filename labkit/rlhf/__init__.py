@@ -36,6 +36,7 @@ __getattr__, __dir__, __all__ = attach(
             "WholeResponse",
             "constituents",
         ],
+        "ma_rlhf.trl": ["MacroGRPOTrainer"],
         "reward_calibration": [
             "CalibratedRewardModel",
             "LengthPenalty",
