@@ -25,7 +25,7 @@ def paid_map(
     ----------
     answers : sequence of sequences of str
         Words or tokens of B answers.
-    paid : array
+    paid : array or Tensor
         ``(B, T)`` rewards of tokens; what lies beyond an answer's end is left out.
     limit : float, optional
         Reward of the strongest colour; the largest one by default.
@@ -41,14 +41,14 @@ def paid_map(
     Examples
     --------
     >>> figure = paid_map([["good", "day"], ["hello"]], [[0.1, -0.1], [0.0, 0.0]])
-    >>> list(figure.data[0].text[0])
-    ['good', 'day']
+    >>> list(figure.data[0].text[0]), figure.layout.title.text
+    (['good', 'day'], '<b>Which words does curiosity pay?</b>')
     """
     try:
         import plotly.graph_objects as go
     except ImportError:
         raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
-    values = np.asarray(paid, dtype=float)
+    values = np.asarray(paid.detach().float().cpu() if hasattr(paid, "detach") else paid, dtype=float)
     width = values.shape[1]
     if len(values) != len(answers):
         raise ValueError(f"paid has {len(values)} rows for {len(answers)} answers")

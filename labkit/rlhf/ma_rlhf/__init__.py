@@ -15,7 +15,8 @@ changes at inference. A *segmenter* says, for each sampled answer, which tokens 
 =========================  ========================================================================================
 
 Give one to ``PPOConfig(segmenter=...)``; ``value_pooling``, ``macro_reward`` and ``ratio`` there are the paper's other
-choices, `labkit.rlhf.macro_gae` and `labkit.rlhf.policy_loss` their mathematics. ``FixedNgram(1)`` is token PPO.
+choices, `labkit.rlhf.macro_gae` and `labkit.rlhf.policy_loss` their mathematics. ``FixedNgram(1)`` is token PPO. For
+trl's GRPO there is `labkit.rlhf.MacroGRPOTrainer`.
 
 Where we differ from the authors' code: it works for one row a device, ours for batches. It always puts the last token
 in a group of its own, and so do we by default (``last_alone``). Where a boundary falls on the last token anyway it has an

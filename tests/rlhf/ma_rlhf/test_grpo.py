@@ -76,6 +76,7 @@ def given(model: Any) -> dict[str, Any]:
 
 def loss_and_slope(trainer: Any, inputs: dict[str, Any]) -> tuple[float, torch.Tensor]:
     trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
     loss = trainer._compute_loss(trainer.model, inputs)
     return float(loss.detach()), torch.autograd.grad(loss, trainer.model.lm_head.weight)[0]
 
@@ -107,7 +108,7 @@ def test_the_ratio_of_a_group_is_its_tokens_geometric_mean(tmp_path: Path) -> No
             torch.testing.assert_close(
                 left[row, list(group)], ratio[row, list(group)].mean().expand(len(group))
             )
-    trainer._compute_loss(trainer.model, inputs)
+    loss_and_slope(trainer, inputs)
     assert torch.equal(inputs["old_per_token_logps"], kept)  # trl passes over the same batch again
 
 
