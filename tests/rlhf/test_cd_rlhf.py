@@ -125,6 +125,10 @@ def test_what_is_paid(policy, batch):
     shown = reward.metrics()
     assert shown["curiosity/gate_open"] == pytest.approx(4 / 9)
     assert shown["curiosity/error"] == pytest.approx(float(2 * real.mean()), rel=1e-5)
+    assert shown["curiosity/paid"] == pytest.approx(float(expected.sum() / 9), abs=1e-5)
+    with torch.no_grad():
+        after = reward.icm.encoder(batch.ref_hidden[:, 1:])[batch.mask].norm(dim=-1)
+    assert shown["curiosity/feature_norm"] == pytest.approx(float(after.mean()), rel=1e-5)
     assert (attached(policy, eta=0.5, gate=None)(batch) != 0).sum() == batch.mask.sum()
     raw = attached(policy, eta=1.0, gate=None, whiten=False, icm=reward.icm)(batch)
     torch.testing.assert_close(raw, half * batch.mask)

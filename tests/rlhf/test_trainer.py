@@ -22,8 +22,12 @@ from labkit.rlhf import (
     RunningLowess,
     ValueModel,
     macro_gae,
+    policy_loss,
     sequence_stats,
+    value_loss,
 )
+from labkit.rlhf.minibatches import Minibatch, micro_batch_loss
+from labkit.rlhf.segments import count_segments
 from labkit.testbeds.models import tiny
 from labkit.testbeds.tokenizers import byte_tokenizer
 from labkit.training.processes import OneProcess
@@ -290,6 +294,45 @@ def test_temperature_is_matched_unless_told_otherwise() -> None:
                 policy().eval(), batch.prompt_ids, batch.prompt_mask, batch.tokens, batch.mask, temperature
             )
         torch.testing.assert_close(found[match].logprobs, own.logprobs, atol=1e-5, rtol=1e-5)
+        # the reference is still the policy, and is asked at the same temperature
+        torch.testing.assert_close(found[match].ref_logprobs, own.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_response_pays_for_its_missing_end() -> None:
+    plain, charged = (
+        trainer(settings=config(kl_coef=0.0, missing_eos_penalty=fee)).collect(0) for fee in (None, 0.7)
+    )
+    assert charged.tokens.tolist() == plain.tokens.tolist()
+    assert 0 < int(plain.eos.sum()) < 16
+    fees = (plain.rewards - charged.rewards).sum(1)
+    assert fees.tolist() == pytest.approx([0.0 if ended else 0.7 for ended in plain.eos])
+    torch.testing.assert_close(charged.scores, plain.scores)  # the scores shown are those of the reward
+
+
+@pytest.mark.parametrize("ratio", ["token", "joint"])
+def test_an_updates_losses_are_means_over_its_tokens_or_actions(ratio: Any) -> None:
+    """The update's loss, made of two micro-batches, is that of the plain functions on all its rows."""
+    made = trainer(settings=config(segmenter=FixedNgram(2), ratio=ratio, entropy_coef=0.1, value_coef=0.5))
+    batch = made.collect(0)
+    batch.advantages = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(made.policy.lm_head.weight, std=0.3)
+    with torch.no_grad():
+        new, entropy, values = made.actor_critic(batch)
+    wanted = policy_loss(
+        new, batch.logprobs, batch.advantages, batch.mask, ratio=ratio, segments=batch.segments
+    )
+    critic = value_loss(values, batch.values, batch.returns, batch.mask, 0.2)
+    whole = wanted + 0.5 * critic - 0.1 * entropy[batch.mask].mean()
+    counts = float(batch.mask.sum()), float(count_segments(batch.segments).sum())
+    halves = [
+        micro_batch_loss(made.actor_critic, Minibatch(batch.select(rows), *counts), made.config, 2)
+        for rows in (list(range(5)), list(range(5, 16)))
+    ]
+    assert float(sum(loss.detach() for loss, _ in halves) / 2) == pytest.approx(float(whole), abs=1e-5)
+    means = {name: sum(float(found[name].detach()) for _, found in halves) / 2 for name in halves[0][1]}
+    assert means["loss/policy_avg"] == pytest.approx(float(wanted), abs=1e-5)
+    assert means["loss/value_avg"] == pytest.approx(float(critic), abs=1e-5)
+    assert means["policy/entropy_avg"] == pytest.approx(float(entropy[batch.mask].mean()), abs=1e-5)
 
 
 def test_a_hook_that_pays_nothing_changes_nothing() -> None:
@@ -364,6 +407,7 @@ def test_adapters_train_against_themselves_switched_off(tmp_path: Path) -> None:
     made = trainer(model, settings=config(iterations=25, batch_size=32, learning_rate=2e-2), value_model=None)
     assert made.reference.model is model
     assert not any("lora" in n for n, _ in made.value_model.named_parameters())
+    assert all(p.requires_grad for p in made.value_model.parameters())  # unlike the base that it copies
     history = made.train()
     assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 0.2
     assert history[-1]["objective/kl"] > 0.1
