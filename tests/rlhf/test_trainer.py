@@ -21,10 +21,12 @@ from labkit.rlhf import (
     RewardModel,
     RunningLowess,
     ValueModel,
+    gae,
     macro_gae,
     policy_loss,
     sequence_stats,
     value_loss,
+    whiten,
 )
 from labkit.rlhf.minibatches import Minibatch, micro_batch_loss
 from labkit.rlhf.segments import count_segments
@@ -307,6 +309,34 @@ def test_a_cut_response_pays_for_its_missing_end() -> None:
     fees = (plain.rewards - charged.rewards).sum(1)
     assert fees.tolist() == pytest.approx([0.0 if ended else 0.7 for ended in plain.eos])
     torch.testing.assert_close(charged.scores, plain.scores)  # the scores shown are those of the reward
+
+
+def test_whitening_is_that_of_the_whole_rollout() -> None:
+    plain = trainer(settings=config()).collect(0)
+    rewards = whiten(plain.rewards, plain.mask, shift_mean=False)
+    by_reward = trainer(settings=config(whiten_rewards=True)).collect(0)
+    torch.testing.assert_close(by_reward.rewards, rewards)
+    torch.testing.assert_close(by_reward.advantages, gae(rewards, plain.values, plain.mask)[0])
+    by_advantage = trainer(settings=config(whiten_advantages=True)).collect(0)
+    torch.testing.assert_close(by_advantage.advantages, whiten(plain.advantages, plain.mask))
+    torch.testing.assert_close(by_advantage.returns, plain.returns)
+
+
+def test_policy_and_value_model_are_clipped_apart() -> None:
+    """One step of plain descent at rate 1 moves each by the limit, whatever the other's gradient."""
+    made = trainer(
+        settings=config(iterations=1, max_grad_norm=1e-3, learning_rate=1.0),
+        value_model=ValueModel.from_backbone(policy(1)),
+        optimizer=lambda groups: torch.optim.SGD(groups),
+    )
+    before = weights(made)
+    record = made.train()[0]
+    after = weights(made)
+    for part in ("policy", "value"):
+        names = [n for n in after if n.startswith(f"{part}.") and n != "policy.lm_head.weight"]
+        moved = sum(float((after[n] - before[n]).square().sum()) for n in names) ** 0.5
+        assert record[f"{part}/grad_norm"] > 1e-2
+        assert moved == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("ratio", ["token", "joint"])
