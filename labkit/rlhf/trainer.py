@@ -370,7 +370,7 @@ class PPOTrainer:
         if self.reference is not None and not self.reference.adapters:
             models.append(self.reference.model)
         for one in models:
-            if len(getattr(one, "hf_device_map", None) or ()) < 2:
+            if not any(len(getattr(part, "hf_device_map", None) or ()) > 1 for part in one.modules()):
                 one.to(self.processes.device)
 
     def _loss(self, model: Any, part: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -152,6 +152,7 @@ class ValueModel(nn.Module):
             )
         model = cls(AutoModel.from_pretrained(folder, **options))
         model.head.load_state_dict(load_file(file))
+        model.head.to(next(model.backbone.parameters()).device)
         return model
 
 

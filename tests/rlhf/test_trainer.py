@@ -549,6 +549,14 @@ def test_all_models_go_where_the_batches_go() -> None:
     assert held == {id(p) for p in made.actor_critic.parameters()}
 
 
+def test_a_model_spread_over_devices_stays_where_it_is() -> None:
+    spread = policy(1)
+    spread.model.hf_device_map = {"embed_tokens": 0, "layers": 1}
+    made = trainer(value_model=ValueModel.from_backbone(spread), processes=OneProcess(torch.device("meta")))
+    assert {p.device.type for p in made.value_model.parameters()} == {"cpu"}
+    assert {p.device.type for p in made.policy.parameters()} == {"meta"}
+
+
 def test_short_responses_are_left_out_and_counted() -> None:
     model = policy()
     ended = trainer(model, settings=config(min_response=3, eos_token_id=list(range(5, 10)), iterations=2))
