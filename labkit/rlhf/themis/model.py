@@ -168,11 +168,9 @@ class ThemisRewardModel(nn.Module):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} is not like {tuple(input_ids.shape)}"
             )
-        if not bool(attention_mask.any(1).all()):
-            raise ValueError("a row of the batch has no attended token")
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left changes nothing
-        if "position_ids" not in kwargs and _takes_positions(self.causal_lm):
-            kwargs["position_ids"] = positions
+        _attended(attention_mask)
+        if "position_ids" not in kwargs and _takes(self.causal_lm, "position_ids"):
+            kwargs["position_ids"] = _positions(attention_mask)
         out = self.causal_lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -180,7 +178,7 @@ class ThemisRewardModel(nn.Module):
             use_cache=False,
             **kwargs,
         )
-        rewards = self._score(out.hidden_states[-1], attention_mask)
+        rewards = self._pooled(out.hidden_states[-1], attention_mask)
         if labels is None:
             return ThemisOutput(rewards=rewards, logits=out.logits)
         losses = self.loss.language(out.logits, labels, parts)
@@ -197,7 +195,57 @@ class ThemisRewardModel(nn.Module):
             rationale_loss=losses["rationale"],
         )
 
-    def _score(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any = None) -> Tensor:
+        """Rewards alone: without the logits of every token, and reading on where a cache ends.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            (B, T), the tokens that the cache does not hold.
+        attention_mask : Tensor
+            (B, S + T), of the S cached columns and the new ones.
+        past_key_values : Cache, optional
+            Of the S columns before; the new tokens are added to it.
+
+        Returns
+        -------
+        Tensor
+            (B,).
+
+        Raises
+        ------
+        ValueError
+            With a cache and pooling ``mean``, which needs the hidden states of all tokens; for a mask of another width
+            than cached and new tokens together; for a row without an attended token among the new ones.
+        """
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past and self.pooling == "mean":
+            raise ValueError("pooling 'mean' needs every token: score without past_key_values")
+        if attention_mask.shape != (len(input_ids), past + input_ids.shape[1]):
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must cover {past} cached and {input_ids.shape[1]} new "
+                f"tokens of {len(input_ids)} rows"
+            )
+        new = attention_mask[:, past:]
+        _attended(new)
+        more: dict[str, Any] = {}
+        if _takes(self.causal_lm, "position_ids"):
+            more["position_ids"] = _positions(attention_mask)[:, past:]
+        if _takes(self.causal_lm, "logits_to_keep"):
+            more["logits_to_keep"] = 1
+        if past:
+            more["past_key_values"] = past_key_values
+        out = self.causal_lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            use_cache=bool(past),
+            **more,
+        )
+        return self._pooled(out.hidden_states[-1], new)
+
+    def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(self.v_head.weight.dtype)  # (B, T, D)
         if self.pooling == "mean":
             weight = mask[..., None].to(hidden.dtype)
@@ -294,8 +342,17 @@ def _is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def _takes_positions(model: Any) -> bool:
+def _takes(model: Any, name: str) -> bool:
     import inspect
 
     inner = model.get_base_model() if _is_peft(model) else model
-    return "position_ids" in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(inner.forward).parameters
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left changes nothing
+
+
+def _attended(mask: Tensor) -> None:
+    if not bool(mask.any(1).all()):
+        raise ValueError("a row of the batch has no attended token")

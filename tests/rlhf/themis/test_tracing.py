@@ -48,10 +48,10 @@ class Scripted(nn.Module):
             out.append(self.tokenizer(said, add_special_tokens=False).input_ids)
         width = max(map(len, out))
         padded = [ids + [pad_token_id] * (width - len(ids)) for ids in out]
-        return torch.cat([input_ids, torch.tensor(padded)], 1)
+        return types.SimpleNamespace(sequences=torch.cat([input_ids, torch.tensor(padded)], 1))
 
-    def forward(self, input_ids, attention_mask):
-        return types.SimpleNamespace(rewards=attention_mask.sum(1).float())
+    def score(self, input_ids, attention_mask, past_key_values=None):
+        return attention_mask.sum(1).float()
 
 
 CALL = " Thought: look\nAction: Calendar.week_day\nAction Input: 2015-03-24\n<start_observation>"
