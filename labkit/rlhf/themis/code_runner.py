@@ -112,6 +112,7 @@ class CodeRunner(Tool):
 
     name = "code_run"
     description = "Runs the answer's code against its test cases."
+    needs = ("test_list",)
 
     def __init__(self, timeout: float = 3.0, memory_mb: int = 1024, sandbox: Sandbox | None = None) -> None:
         if not timeout > 0:

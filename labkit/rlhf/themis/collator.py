@@ -12,8 +12,7 @@ from torch import Tensor
 
 from labkit.rlhf.themis.bank import FAILED
 from labkit.rlhf.themis.losses import IGNORE, PARTS
-from labkit.rlhf.themis.model import token_ids
-from labkit.rlhf.themis.traces import Example, Step, TraceFormat, parse_actions
+from labkit.rlhf.themis.traces import Example, Step, TraceFormat, parse_actions, token_ids
 
 _CHOSEN, _REJECTED = "pos_answer", "neg_answer"
 

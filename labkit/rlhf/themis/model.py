@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from labkit.rlhf.themis.losses import ThemisLoss, ranking_loss
-from labkit.rlhf.themis.traces import SPECIAL_TOKENS
+from labkit.rlhf.themis.traces import SPECIAL_TOKENS, Example, Trace, token_ids
+from labkit.rlhf.themis.tracing import run_traces
+from labkit.rlhf.themis.verdicts import Tools
 
 Pooling = Literal["last", "mean"]
 _SETTINGS, _HEAD = "themis.json", "v_head.safetensors"
@@ -45,24 +48,6 @@ class ThemisOutput(ModelOutput):
     rationale_loss: Tensor | None = None
 
 
-def token_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the three tokens.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer lacks one.
-    """
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"the tokenizer lacks {', '.join(missing)}; ThemisRewardModel.from_causal_lm(model, tokenizer) adds them to "
-            "both"
-        )
-    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
-
-
 class ThemisRewardModel(nn.Module):
     """A causal language model that writes a trace, with a head that scores it.
 
@@ -92,7 +77,7 @@ class ThemisRewardModel(nn.Module):
         if not hasattr(causal_lm, "get_output_embeddings") or causal_lm.get_output_embeddings() is None:
             raise TypeError(f"causal_lm must be a model with an LM head, got {type(causal_lm).__name__}")
         self.causal_lm = causal_lm
-        self.pooling = pooling
+        self.pooling: str = pooling
         self.loss = loss or ThemisLoss()
         text_config = causal_lm.config.get_text_config()
         weight = causal_lm.get_output_embeddings().weight
@@ -255,6 +240,12 @@ class ThemisRewardModel(nn.Module):
             last = (mask.to(place.dtype) * place).argmax(1)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return self.v_head(pooled).squeeze(-1)  # (B,)
+
+    def judge(
+        self, tokenizer: Any, bank: Tools, examples: Sequence[Example | tuple[str, str]], **tracing: Any
+    ) -> list[Trace]:
+        """Judge answers with tools: see `run_traces`."""
+        return run_traces(self, tokenizer, bank, examples, **tracing)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the language model."""

@@ -10,13 +10,41 @@ on the left only, (B, S + N), with the first S columns kept and no hole between 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class Judge(Protocol):
+    """What traces need of a reward model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where texts are read."""
+
+    @property
+    def config(self) -> Any:
+        """Config of the language model."""
+
+    @property
+    def pooling(self) -> str:
+        """``last`` or ``mean``."""
+
+    def eval(self) -> Any:
+        """Into evaluation mode."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All parts."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``generate`` of transformers."""
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any = None) -> Tensor:
+        """Rewards ``(B,)``."""
 
 
 @dataclass
@@ -45,7 +73,7 @@ class Reader:
     Texts are known by a number that stays the same from round to round.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, reuse: bool, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: Judge, tokenizer: Any, reuse: bool, options: Mapping[str, Any]) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, dict(options)
         self.reuse = reuse
         self._kept: _Kept | None = None
@@ -81,7 +109,7 @@ class Reader:
             return {}
         end = self.tokenizer.eos_token or ""
         ids, mask, tokens = self._encode([text + end for text in texts.values()])
-        past = self._take(list(texts), tokens) if getattr(self.model, "pooling", None) == "last" else None
+        past = self._take(list(texts), tokens) if self.model.pooling == "last" else None
         new = _new(ids, past)
         rewards = self.model.score(ids[:, -new:], mask, past)
         return dict(zip(texts, rewards.tolist(), strict=True))

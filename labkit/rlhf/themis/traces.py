@@ -32,6 +32,24 @@ _BLOCK = re.compile(r"(?=^Thought\s*\d*\s*:)", re.MULTILINE)
 _NO_TOOL = "Do I need to use a tool? No"
 
 
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Ids of the three tokens.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer lacks one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"the tokenizer lacks {', '.join(missing)}; ThemisRewardModel.from_causal_lm(model, tokenizer) adds them to "
+            "both"
+        )
+    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
+
+
 @dataclass(frozen=True)
 class Step:
     """One call: a thought, the action with its input, and what came back.

@@ -8,16 +8,25 @@ from typing import Any
 
 import torch
 
-from labkit.rlhf.themis.bank import ToolBank
-from labkit.rlhf.themis.model import ThemisRewardModel, token_ids
-from labkit.rlhf.themis.reading import Reader
-from labkit.rlhf.themis.traces import OBSERVATION, TOOL, WORK, Example, Step, Trace, TraceFormat, _step
+from labkit.rlhf.themis.reading import Judge, Reader
+from labkit.rlhf.themis.traces import (
+    OBSERVATION,
+    TOOL,
+    WORK,
+    Example,
+    Step,
+    Trace,
+    TraceFormat,
+    _step,
+    token_ids,
+)
+from labkit.rlhf.themis.verdicts import Tools
 
 
 def run_trace(
-    model: ThemisRewardModel,
+    model: Judge,
     tokenizer: Any,
-    bank: ToolBank,
+    bank: Tools,
     question: str,
     answer: str,
     context: str | None = None,
@@ -43,7 +52,7 @@ class _Running:
         self.finished = ""
         self.working = False  # only the rationale is missing
 
-    def hear(self, said: str, bank: ToolBank) -> None:
+    def hear(self, said: str, bank: Tools) -> None:
         """Take what the model has written and, if it is a call, carry it out."""
         if self.working:
             self._work(said)
@@ -93,22 +102,24 @@ class _Running:
 
 
 @contextlib.contextmanager
-def _judging(model: ThemisRewardModel, tokenizer: Any) -> Iterator[None]:
-    side, training = tokenizer.padding_side, model.training
+def _judging(model: Judge, tokenizer: Any) -> Iterator[None]:
+    # Module by module: parts of a model may be held in another mode than the whole.
+    side, modes = tokenizer.padding_side, [(module, module.training) for module in model.modules()]
     tokenizer.padding_side = "left"
     model.eval()
     try:
         yield
     finally:
         tokenizer.padding_side = side
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
 def run_traces(
-    model: ThemisRewardModel,
+    model: Judge,
     tokenizer: Any,
-    bank: ToolBank,
+    bank: Tools,
     examples: Sequence[Example | tuple[str, str]],
     *,
     max_rounds: int = 3,
@@ -125,7 +136,7 @@ def run_traces(
 
     Parameters
     ----------
-    model, tokenizer
+    model, tokenizer : ThemisRewardModel and its tokenizer
         As `ThemisRewardModel.from_causal_lm` left them.
     bank : ToolBank
     examples : sequence of Example or (question, answer)
@@ -181,7 +192,7 @@ def run_traces(
     return out
 
 
-def _run(reader: Reader, batch: Sequence[_Running], bank: ToolBank, max_rounds: int) -> dict[int, float]:
+def _run(reader: Reader, batch: Sequence[_Running], bank: Tools, max_rounds: int) -> dict[int, float]:
     """Take a batch to its end; the rewards by place."""
     rewards: dict[int, float] = {}
     going = dict(enumerate(batch))

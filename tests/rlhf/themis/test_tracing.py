@@ -30,6 +30,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.tokenizer, self.scripts = tokenizer, scripts
         self.anchor = nn.Parameter(torch.zeros(1))
+        self.pooling = "last"
         self.rounds: list[int] = []
         self.read: list[list[int]] = []
 
@@ -52,6 +53,9 @@ class Scripted(nn.Module):
 
     def score(self, input_ids, attention_mask, past_key_values=None):
         return attention_mask.sum(1).float()
+
+    def judge(self, tokenizer, bank, examples, **tracing):
+        return run_traces(self, tokenizer, bank, examples, **tracing)
 
 
 CALL = " Thought: look\nAction: Calendar.week_day\nAction Input: 2015-03-24\n<start_observation>"
