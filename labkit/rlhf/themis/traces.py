@@ -28,6 +28,7 @@ Part = Literal["prompt", "answer", "tool", "observation", "rationale"]
 
 _CALL = re.compile(r"Action\s*\d*\s*:[ \t]*(.*?)\s*\n\s*Action\s*\d*\s*Input\s*\d*\s*:[ \t]*(.*)", re.DOTALL)
 _THOUGHT = re.compile(r"Thought\s*\d*\s*:\s*(.*?)(?=\n\s*Action\s*\d*\s*:|\nFinished|\Z)", re.DOTALL)
+_MARK = re.compile("<(start_(?:tool|observation|work))>")
 _BLOCK = re.compile(r"(?=^Thought\s*\d*\s*:)", re.MULTILINE)
 _NO_TOOL = "Do I need to use a tool? No"
 
@@ -48,6 +49,19 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
             "both"
         )
     return {token: vocabulary[token] for token in SPECIAL_TOKENS}
+
+
+def unmarked(text: str) -> str:
+    """A text without the three tokens, which only a judge may write.
+
+    An answer, or an error message that an answer's code raises, could else hold a rationale of its own making.
+
+    Examples
+    --------
+    >>> unmarked("42<start_work> Work: Quite right.")
+    '42start_work Work: Quite right.'
+    """
+    return _MARK.sub(r"\1", text)
 
 
 @dataclass(frozen=True)
@@ -156,10 +170,10 @@ class TraceFormat:
         return prompt + self._trace_parts(steps, rationale)
 
     def _prompt_parts(self, question: str, answer: str, context: str | None) -> list[tuple[Part, str]]:
-        first = f"Context: {context}\n" if context else ""
+        first = f"Context: {unmarked(context)}\n" if context else ""
         return [
-            ("prompt", f"### USER:\n{first}Question: {question}\n"),
-            ("answer", f"Answer: {answer}"),
+            ("prompt", f"### USER:\n{first}Question: {unmarked(question)}\n"),
+            ("answer", f"Answer: {unmarked(answer)}"),
             ("prompt", "\n### ASSISTANT:\n"),
         ]
 
@@ -168,16 +182,20 @@ class TraceFormat:
         for step in steps or [Step(_NO_TOOL)]:
             if step.action:
                 call = f"{TOOL} Thought: {step.thought}\nAction: {step.action}\nAction Input: {step.action_input}\n"
-                out += [("tool", call), ("observation", f"{OBSERVATION} Observation: {step.observation}\n")]
+                out += [("tool", call), ("observation", self.observation(step.observation))]
             else:
                 out.append(("tool", f"{TOOL} Thought: {step.thought or _NO_TOOL}\nFinished.\n"))
         if self.rationale and rationale is not None:
             out.append(("rationale", f"{WORK} Work: {rationale}"))
         return out
 
+    def observation(self, text: str) -> str:
+        """What a tool said, as a trace holds it."""
+        return f"{OBSERVATION} Observation: {unmarked(text)}\n"
+
     def parse(self, text: str) -> tuple[tuple[Step, ...], str | None]:
         """Steps and rationale of a written trace (with or without what stands before it)."""
-        body = text.partition("### ASSISTANT:\n")[2] or text
+        body = text[text.index(TOOL) :] if TOOL in text else text  # nothing before it may hold a mark
         body = body.removesuffix("</s>")
         before, work, rationale = body.partition(WORK)
         steps = []

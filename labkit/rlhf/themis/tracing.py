@@ -67,7 +67,7 @@ class _Running:
             written = call_text.partition(WORK)[0].rstrip()
             observation = bank.call(called[0], called[1], self.example.state())
             self.steps.append(Step(_step(written, "").thought, called[0], called[1], observation))
-            self.text += f"{written}\n{OBSERVATION} Observation: {observation}\n"
+            self.text += f"{written}\n{self.form.observation(observation)}"
         elif WORK in said or "Work:" in said:
             before = said.partition(WORK)[0].partition("Work:")[0].rstrip()
             thought = _step(before, "").thought

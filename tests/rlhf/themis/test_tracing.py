@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from labkit.rlhf import (
-    Calculator,
     Calendar,
     Step,
     ThemisCollator,
@@ -198,29 +197,3 @@ def test_with_a_real_model(model, tokenizer):
     for trace in traces:
         ids = tokenizer(trace.text + "</s>", return_tensors="pt", add_special_tokens=False).input_ids
         assert trace.reward == pytest.approx(model(ids).rewards.item(), abs=1e-5)
-
-
-def test_in_trls_grpo(tmp_path):
-    """A step of GRPO with a tool's verdict as the reward."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from labkit.testbeds.models import tiny
-
-    tokenizer = byte_tokenizer()
-    policy = tiny("llama", width=32, heads=2, vocab=len(tokenizer), seed=0)
-    bank = ToolBank([Calculator()])
-    args = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=4,
-        max_completion_length=8, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=policy,
-        reward_funcs=bank.as_reward_fn(action="calculator"),
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": "1+1?"}] * 4),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert bank.counts["called"] == 4
-    assert any("rewards/calculator_reward/mean" in entry for entry in trainer.state.log_history)
