@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from labkit.rlhf.themis.traces import token_ids
 from labkit.rlhf.themis.verdicts import JudgeReward, VerdictReward
 
 FAILED = "An error occurred during the tool invoke, so no result was returned."
@@ -224,7 +223,8 @@ class ToolBank:
         callable
             Prompts and completions may be texts or lists of chat messages; the columns ``context`` and ``test_list``
             are handed to the tools. With a model its attribute ``traces`` holds those of the last batch, and
-            ``metrics()`` the calls a trace and the share that could not be read; labkit's and trl's trainers log them.
+            ``metrics()`` how many calls were made, failed or named no tool and how many traces could not be read, each a
+            trace; labkit's and trl's trainers log them.
 
         Raises
         ------
@@ -252,7 +252,6 @@ class ToolBank:
                 raise ValueError("a model needs its tokenizer too")
             if action_input is not None:
                 raise ValueError("action_input goes with an action; a model writes its inputs itself")
-            token_ids(tokenizer)
             return JudgeReward(self, model, tokenizer, tracing)
         if tracing:
             raise TypeError(f"with an action there is no trace to set {', '.join(tracing)} of")

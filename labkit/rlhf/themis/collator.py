@@ -78,6 +78,10 @@ class ThemisCollator:
 
     def encode(self, row: Mapping[str, Any], which: str) -> tuple[list[int], list[int], list[int]]:
         """Tokens, labels and parts of one of a row's two answers, the end-of-text token included."""
+        if not isinstance(row.get(which), Mapping):
+            raise ValueError(
+                f"a row without {which!r}: each has a better and a worse answer, pos_answer and neg_answer"
+            )
         side = row[which]
         example = Example(row["question"], side["answer"], row.get("context"))
         given = side["actions"]

@@ -241,6 +241,23 @@ class ThemisRewardModel(nn.Module):
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return self.v_head(pooled).squeeze(-1)  # (B,)
 
+    def check_tokenizer(self, tokenizer: Any) -> dict[str, int]:
+        """Ids of the three tokens.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer lacks one, or has more tokens than the model has rows.
+        """
+        ids = token_ids(tokenizer)
+        rows = self.causal_lm.get_input_embeddings().weight.shape[0]
+        if max(ids.values()) >= rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {max(ids.values())} and the model {rows} rows; "
+                "ThemisRewardModel.from_causal_lm(model, tokenizer) adds rows for the three tokens"
+            )
+        return ids
+
     def judge(
         self, tokenizer: Any, bank: Tools, examples: Sequence[Example | tuple[str, str]], **tracing: Any
     ) -> list[Trace]:

@@ -40,6 +40,9 @@ class Judge(Protocol):
     def modules(self) -> Iterator[nn.Module]:
         """All parts."""
 
+    def check_tokenizer(self, tokenizer: Any) -> dict[str, int]:
+        """Ids of the three tokens, or ValueError."""
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ``generate`` of transformers."""
 

@@ -18,7 +18,6 @@ from labkit.rlhf.themis.traces import (
     Trace,
     TraceFormat,
     _step,
-    token_ids,
 )
 from labkit.rlhf.themis.verdicts import Tools
 
@@ -101,6 +100,14 @@ class _Running:
         self.finished = "work"
 
 
+def _as_example(given: Example | tuple[str, str]) -> Example:
+    if isinstance(given, Example):
+        return given
+    if isinstance(given, str) or len(given) != 2:
+        raise TypeError(f"examples must be Examples or pairs of question and answer, got {given!r}")
+    return Example(*given)
+
+
 @contextlib.contextmanager
 def _judging(model: Judge, tokenizer: Any) -> Iterator[None]:
     # Module by module: parts of a model may be held in another mode than the whole.
@@ -162,15 +169,17 @@ def run_traces(
     Raises
     ------
     ValueError
-        For fewer than one round, or a tokenizer without the three tokens.
+        For fewer than one round, or a tokenizer that lacks the three tokens or does not belong to the model.
+    TypeError
+        For an example that is neither.
     """
-    special = token_ids(tokenizer)
+    special = model.check_tokenizer(tokenizer)
     if max_rounds < 1 or max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
             f"max_rounds, max_new_tokens and batch_size must be at least 1, got {max_rounds}, {max_new_tokens} and "
             f"{batch_size}"
         )
-    given = [example if isinstance(example, Example) else Example(*example) for example in examples]
+    given = [_as_example(example) for example in examples]
     form = TraceFormat(rationale)
     out: list[Trace] = []
     stops = [special[OBSERVATION]] + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])

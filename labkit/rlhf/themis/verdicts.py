@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from labkit.rlhf.themis.traces import Example, Trace
 
 _COLUMNS = ("context", "test_list")
+_COUNTED = ("called", "failed", "unknown", "malformed")
 
 
 class Tools(Protocol):
@@ -39,9 +40,11 @@ class JudgeReward:
                 f"model must be a ThemisRewardModel, got {type(model).__name__}; "
                 "ThemisRewardModel.from_causal_lm(model, tokenizer) makes one"
             )
+        model.check_tokenizer(tokenizer)
         self.bank, self.model, self.tokenizer, self.tracing = bank, model, tokenizer, dict(tracing)
         self.__name__ = "themis_reward"  # trainers log rewards by this
         self.traces: list[Trace] = []
+        self._counts: dict[str, int] = {}
 
     def __call__(
         self,
@@ -53,18 +56,17 @@ class JudgeReward:
     ) -> list[float]:
         """Judge each completion as the answer to its prompt."""
         examples = read_examples(prompts, completions, columns)
+        before = dict(self.bank.counts)
         self.traces = self.model.judge(self.tokenizer, self.bank, examples, **self.tracing)
+        self._counts = {name: self.bank.counts[name] - before.get(name, 0) for name in _COUNTED}
         for name, value in self.metrics().items() if log_metric else ():
             log_metric(f"{self.__name__}/{name}", value)  # type: ignore[misc]
         return [float(trace.reward or 0.0) for trace in self.traces]
 
     def metrics(self) -> dict[str, float]:
-        """Calls a trace, and the share of traces that could not be read, in the last batch."""
-        if not self.traces:
-            return {}
-        calls = sum(bool(step.action) for trace in self.traces for step in trace.steps)
-        bad = sum(trace.finished == "malformed" for trace in self.traces)
-        return {"calls": calls / len(self.traces), "malformed": bad / len(self.traces)}
+        """Of the last batch, a trace: calls that were ``called``, calls that ``failed``, calls of ``unknown`` tools, and
+        ``malformed`` ends."""
+        return {name: count / len(self.traces) for name, count in self._counts.items() if self.traces}
 
 
 class VerdictReward:
@@ -82,6 +84,7 @@ class VerdictReward:
     ) -> None:
         self.bank, self.action, self.action_input, self.needs = bank, action, action_input, tuple(needs)
         self.__name__ = f"{action}_reward"
+        self._failed = 0.0
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """The verdict on each completion."""
@@ -89,13 +92,19 @@ class VerdictReward:
             if columns.get(name) is None:
                 # Else each call would fail, and a run would learn from zeros.
                 raise ValueError(f"{self.action} needs the column {name!r}; add it to the data set")
-        out = []
+        out: list[float] = []
+        before = self.bank.counts["failed"]
         for example in read_examples(prompts, completions, columns):
             given = (
                 self.action_input(example.question, example.answer) if self.action_input else example.answer
             )
             out.append(self.bank.verdict(self.action, given, example.state()))
+        self._failed = (self.bank.counts["failed"] - before) / max(1, len(out))
         return out
+
+    def metrics(self) -> dict[str, float]:
+        """Share of calls in the last batch that ``failed``, for which the reward was 0."""
+        return {"failed": self._failed}
 
 
 def read_examples(

@@ -163,7 +163,7 @@ def test_a_judge_in_ppo(judge, bank):
     for (prompts, completions, found), record in zip(reward.calls, records, strict=True):
         assert found == pytest.approx(by_itself(judge, bank, prompts, completions), abs=1e-5)
         assert len(set(found)) > 2
-        assert 0.75 <= record["themis_reward/calls"] <= 1.25
+        assert 0.75 <= record["themis_reward/called"] <= 1.25
         assert 0 <= record["themis_reward/malformed"] <= 0.25
         assert record["objective/scores"] == pytest.approx(sum(found) / len(found), abs=1e-5)
         assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
@@ -187,7 +187,7 @@ def test_a_judge_in_grpo(judge, bank, tmp_path):
     for (prompts, completions, found), log in zip(reward.calls, logs, strict=True):
         assert found == pytest.approx(by_itself(judge, bank, prompts, completions), abs=1e-5)
         assert log["rewards/themis_reward/mean"] == pytest.approx(sum(found) / len(found), abs=1e-4)
-        assert 0.75 <= log["themis_reward/calls"] <= 1.25
+        assert 0.75 <= log["themis_reward/called"] <= 1.25
 
 
 def test_chat_messages_are_judged_as_their_texts(judge, bank):
@@ -263,7 +263,7 @@ def test_with_macro_actions_curiosity_and_calibration(judge, bank):
     for record in records:
         numbers = {name: value for name, value in record.items() if isinstance(value, float)}
         assert all(math.isfinite(value) for value in numbers.values()), numbers
-        assert 0.75 <= record["calibrated_themis_reward/calls"] <= 1.25
+        assert 0.75 <= record["calibrated_themis_reward/called"] <= 1.25
     batch = trainer.collect(9)
     prompts, completions, found = kept.calls[-1]
     assert found == pytest.approx(by_itself(judge, bank, prompts, completions), abs=1e-5)

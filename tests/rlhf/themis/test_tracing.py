@@ -16,7 +16,7 @@ from labkit.rlhf import (
     run_traces,
 )
 from labkit.rlhf.themis import FAILED
-from labkit.rlhf.themis.traces import Example
+from labkit.rlhf.themis.traces import Example, token_ids
 from labkit.testbeds import tool_questions
 
 from .conftest import byte_tokenizer
@@ -49,6 +49,8 @@ class Scripted(nn.Module):
         width = max(map(len, out))
         padded = [ids + [pad_token_id] * (width - len(ids)) for ids in out]
         return types.SimpleNamespace(sequences=torch.cat([input_ids, torch.tensor(padded)], 1))
+
+    check_tokenizer = staticmethod(token_ids)
 
     def score(self, input_ids, attention_mask, past_key_values=None):
         return attention_mask.sum(1).float()
