@@ -46,6 +46,11 @@ class JudgeReward:
         self.traces: list[Trace] = []
         self._counts: dict[str, int] = {}
 
+    def setup(self, trainer: Any) -> None:
+        """Move the judge to where labkit's trainer is; other trainers leave it where it is."""
+        if self.model.device != trainer.processes.device:
+            self.model.to(trainer.processes.device)
+
     def __call__(
         self,
         prompts: Sequence[Any],

@@ -1,7 +1,9 @@
 """Tools and judges as rewards: in PPO, in trl's GRPO, and with macro actions, curiosity and calibration at once."""
 
+import copy
 import math
 import random
+import types
 
 import pytest
 import torch
@@ -195,6 +197,14 @@ def test_chat_messages_are_judged_as_their_texts(judge, bank):
     prompt = next(iter(QUESTIONS))
     chat = reward([[{"role": "user", "content": prompt}]], [[{"role": "assistant", "content": " Tuesday"}]])
     assert chat == reward([prompt], [" Tuesday"])
+
+
+def test_a_judge_moves_to_the_trainer(judge, bank):
+    model, tokenizer = judge
+    reward = bank.as_reward_fn(ThemisRewardModel(copy.deepcopy(model.causal_lm)), tokenizer)
+    trainer = types.SimpleNamespace(processes=types.SimpleNamespace(device=torch.device("meta")))
+    CalibratedRewardModel(reward, RunningLowess()).setup(trainer)
+    assert {weight.device.type for weight in reward.model.parameters()} == {"meta"}
 
 
 # ------------------------------------------------------------------------------------------- a tool's verdict
