@@ -21,6 +21,9 @@ from labkit.rlhf.themis.traces import (
 )
 from labkit.rlhf.themis.verdicts import Tools
 
+_TAKEN = {"attention_mask", "eos_token_id", "input_ids", "num_return_sequences", "past_key_values"}
+_TAKEN |= {"return_dict_in_generate"}
+
 
 def run_trace(
     model: Judge,
@@ -156,8 +159,9 @@ def run_traces(
         False for a model that was trained without: a trace ends with its calls.
     reuse_cache : bool
         Keep keys and values from round to round and for the reward, so that only what is new is read. The same tokens
-        are read either way, so results differ by rounding at most; False keeps no memory while tools run. Models whose
-        cache cannot be continued (recurrent layers, windows that have slid, beams) read everything again in any case.
+        are read either way, so results differ by rounding at most (in half precision a near tie between two tokens can
+        fall the other way); False keeps no memory while tools run. Models whose cache cannot be continued (recurrent
+        layers, windows that have slid, beams) read everything again in any case.
     **generation
         For ``generate``; decoding is greedy by default.
 
@@ -169,7 +173,8 @@ def run_traces(
     Raises
     ------
     ValueError
-        For fewer than one round, or a tokenizer that lacks the three tokens or does not belong to the model.
+        For fewer than one round, options of ``generate`` that traces need for themselves, or a tokenizer that lacks the
+        three tokens or does not belong to the model.
     TypeError
         For an example that is neither.
     """
@@ -178,6 +183,11 @@ def run_traces(
         raise ValueError(
             f"max_rounds, max_new_tokens and batch_size must be at least 1, got {max_rounds}, {max_new_tokens} and "
             f"{batch_size}"
+        )
+    taken = sorted(_TAKEN & set(generation))
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)} cannot be set: each answer gets one trace, read on round by round"
         )
     given = [_as_example(example) for example in examples]
     form = TraceFormat(rationale)

@@ -195,6 +195,13 @@ def test_examples_that_are_none(model, tokenizer, example, message):
         run_traces(model, tokenizer, ToolBank([]), [example])
 
 
+def test_options_that_traces_need_for_themselves(model, tokenizer):
+    with pytest.raises(ValueError, match="num_return_sequences, return_dict_in_generate cannot be set"):
+        run_traces(
+            model, tokenizer, ToolBank([]), [("q", "a")], num_return_sequences=2, return_dict_in_generate=True
+        )
+
+
 def test_tests_as_one_text():
     with pytest.raises(TypeError, match="a list of statements, got the text 'assert f"):
         Example("q", "a", test_list="assert f(1) == 1")
