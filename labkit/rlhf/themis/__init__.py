@@ -27,6 +27,9 @@ Where the paper and the authors' code differ, and what is done here:
   last position and pads on the left.
 * Generation goes on right behind ``<start_tool>`` and ``<start_work>``. The code puts a space there, which with many
   tokenizers is a token that never stands there in training.
+* The three tokens are taken out of questions, answers and observations before a judge reads them: an answer could else
+  write a trace, or a rationale, of its own. The code does not.
+* Between rounds keys and values are kept (``run_traces(reuse_cache=True)``); the code reads the whole text again.
 * Tools here run: see `ToolBank`. Two of the code's oddities are options that reproduce the released observations
   (``Calculator(strict=True)``; tests that only define a function and so always pass are run as they are).
 """

@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections
 import difflib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from labkit.rlhf.themis.traces import Example
+from labkit.rlhf.themis.verdicts import JudgeReward, VerdictReward
 
 FAILED = "An error occurred during the tool invoke, so no result was returned."
 
@@ -31,6 +30,8 @@ class Tool:
     max_seconds: float | None = None
     """Seconds after which the bank goes on without the tool; None waits for ever (a tool of this package that takes
     any time, `CodeRunner`, ends by itself)."""
+    needs: tuple[str, ...] = ()
+    """Columns that the state must hold for a verdict."""
 
     @property
     def available(self) -> bool:
@@ -181,6 +182,20 @@ class ToolBank:
             self.counts["failed"] += 1
             return FAILED
 
+    def verdict(self, action: str, text: str, state: Mapping[str, Any] | None = None) -> float:
+        """Carry out an action; its observation as a number (`Tool.score`), 0 when the call failed.
+
+        Raises
+        ------
+        ValueError
+            If there is no such action.
+        TypeError
+            If its tool gives no verdicts.
+        """
+        item = self.tool_of(action)
+        observation = self.call(action, text, state)
+        return 0.0 if observation == FAILED else float(item.score(observation))
+
     def as_reward_fn(
         self,
         model: Any = None,
@@ -207,7 +222,19 @@ class ToolBank:
         -------
         callable
             Prompts and completions may be texts or lists of chat messages; the columns ``context`` and ``test_list``
-            are handed to the tools.
+            are handed to the tools. With a model its attribute ``traces`` holds those of the last batch, and
+            ``metrics()`` how many calls were made, failed or named no tool and how many traces could not be read, each a
+            trace; labkit's and trl's trainers log them.
+
+        Raises
+        ------
+        ValueError
+            For neither or both of model and action, an unknown action, or a tokenizer without the three tokens; at a
+            call, for texts and columns that do not belong together or a column that the tool needs and misses.
+        TypeError
+            For a model that is no judge, or a tool that gives no verdict; at a call, for token ids.
+        ToolUnavailable
+            If the action's tool cannot work here.
 
         Examples
         --------
@@ -220,28 +247,20 @@ class ToolBank:
             raise ValueError(
                 "give either a model with its tokenizer or the action whose verdict is the reward"
             )
-        if action is not None:
-            self.tool_of(action)
-        elif tokenizer is None:
-            raise ValueError("a model needs its tokenizer too")
-
-        def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-            examples = _examples(prompts, completions, columns)
-            if action is not None:
-                item = self.tool_of(action)
-                out = []
-                for example in examples:
-                    given = action_input(example.question, example.answer) if action_input else example.answer
-                    observation = self.call(action, given, example.state())
-                    out.append(0.0 if observation == FAILED else float(item.score(observation)))
-                return out
-            from labkit.rlhf.themis.tracing import run_traces
-
-            traces = run_traces(model, tokenizer, self, examples, **tracing)
-            return [float(trace.reward or 0.0) for trace in traces]
-
-        reward.__name__ = f"{action or 'themis'}_reward"
-        return reward
+        if action is None:
+            if tokenizer is None:
+                raise ValueError("a model needs its tokenizer too")
+            if action_input is not None:
+                raise ValueError("action_input goes with an action; a model writes its inputs itself")
+            return JudgeReward(self, model, tokenizer, tracing)
+        if tracing:
+            raise TypeError(f"with an action there is no trace to set {', '.join(tracing)} of")
+        item = self.tool_of(action)
+        if type(item).score is Tool.score:
+            item.score("")  # says that it gives no verdict
+        if not item.available:
+            raise ToolUnavailable(f"{action} cannot work here, so every verdict would be 0")
+        return VerdictReward(self, action, action_input, item.needs)
 
 
 def _in_time(call: Callable[[], str], timeout: float | None) -> str:
@@ -264,33 +283,3 @@ def _in_time(call: Callable[[], str], timeout: float | None) -> str:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
-        return "\n".join(str(message.get("content", "")) for message in value)
-    raise TypeError(
-        f"prompts and completions must be texts or lists of chat messages, got {type(value).__name__}"
-    )
-
-
-def _examples(
-    prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
-) -> list[Example]:
-    from labkit.rlhf.themis.traces import Example
-
-    if len(prompts) != len(completions):
-        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions; there must be as many")
-    out = []
-    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        more = {}
-        for name in ("context", "test_list"):
-            column = columns.get(name)
-            if column is not None:
-                if len(column) != len(prompts):
-                    raise ValueError(f"column {name!r} has {len(column)} entries for {len(prompts)} prompts")
-                more[name] = column[place]
-        out.append(Example(_text(prompt), _text(completion), **more))
-    return out

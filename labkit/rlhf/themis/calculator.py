@@ -32,7 +32,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*%(?!\s*[\d(.])")
 _MARK = re.compile(r"<<([^<>]*)>>\s*(-?[\d.,]*\d\.?|-?\d*)")
 _STRICT_MARK = re.compile(r"<<([^<>=]*)(=[^<>]*)?>>\s*(\d+(?:\.\d*)?|\.\d+)?")
-_FINAL = re.compile(r"####\s*(-?\s*\$?\s*-?[\d,]*\.?\d+)")
+# Possessive: a policy may write thousands of spaces, which must not be divided up in every possible way.
+_FINAL = re.compile(r"####\s*+(-?\s*+\$?\s*+-?[\d,]*\.?\d+)")
 _STRICT_FINAL = re.compile(r"####\s*(\d+(?:\.\d+)?)")
 
 

@@ -30,12 +30,13 @@ for test in job["tests"]:
     if child == 0:
         os.setpgid(0, 0)
         os.close(out); os.close(reads)
-        said = "passed"
+        me, said = os.getpid(), "passed"
         try:
             exec(job["code"] + "\\n" + test, {})
         except BaseException as error:
             said = "failed " + (str(error) or "")[:300]
-        os.write(writes, said.encode(errors="replace"))
+        if os.getpid() == me:
+            os.write(writes, said.encode(errors="replace"))
         os._exit(0)
     os.close(writes)
     said, end = b"", time.monotonic() + job["timeout"]
@@ -112,6 +113,7 @@ class CodeRunner(Tool):
 
     name = "code_run"
     description = "Runs the answer's code against its test cases."
+    needs = ("test_list",)
 
     def __init__(self, timeout: float = 3.0, memory_mb: int = 1024, sandbox: Sandbox | None = None) -> None:
         if not timeout > 0:
@@ -146,7 +148,7 @@ class CodeRunner(Tool):
         """
         if isinstance(tests, str) or not tests:
             raise ValueError(f"tests must be a list of at least one statement, got {tests!r}")
-        fenced = re.search(r"```(?:python|py)?\s*\n(.*?)```", code, re.DOTALL)
+        fenced = re.search(r"```(?:python|py)?[^\S\n]*+\n(.*?)```", code, re.DOTALL)
         job = {"code": fenced.group(1) if fenced else code, "tests": list(tests), "timeout": self.timeout}
         seconds = self.timeout * len(tests) + 5
         limits = Limits(seconds=seconds, memory_mb=self.memory_mb, processes=8, output_kb=256, disk_mb=8)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from labkit.rlhf.themis.bank import FAILED
 from labkit.rlhf.themis.losses import IGNORE, PARTS
-from labkit.rlhf.themis.model import token_ids
-from labkit.rlhf.themis.traces import Example, Step, TraceFormat, parse_actions
+from labkit.rlhf.themis.traces import Example, Step, TraceFormat, parse_actions, token_ids
 
 _CHOSEN, _REJECTED = "pos_answer", "neg_answer"
 
@@ -79,6 +78,10 @@ class ThemisCollator:
 
     def encode(self, row: Mapping[str, Any], which: str) -> tuple[list[int], list[int], list[int]]:
         """Tokens, labels and parts of one of a row's two answers, the end-of-text token included."""
+        if not isinstance(row.get(which), Mapping):
+            raise ValueError(
+                f"a row without {which!r}: each has a better and a worse answer, pos_answer and neg_answer"
+            )
         side = row[which]
         example = Example(row["question"], side["answer"], row.get("context"))
         given = side["actions"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from labkit.rlhf.themis.losses import ThemisLoss, ranking_loss
-from labkit.rlhf.themis.traces import SPECIAL_TOKENS
+from labkit.rlhf.themis.traces import SPECIAL_TOKENS, Example, Trace, token_ids
+from labkit.rlhf.themis.tracing import run_traces
+from labkit.rlhf.themis.verdicts import Tools
 
 Pooling = Literal["last", "mean"]
 _SETTINGS, _HEAD = "themis.json", "v_head.safetensors"
@@ -45,24 +48,6 @@ class ThemisOutput(ModelOutput):
     rationale_loss: Tensor | None = None
 
 
-def token_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the three tokens.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer lacks one.
-    """
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"the tokenizer lacks {', '.join(missing)}; ThemisRewardModel.from_causal_lm(model, tokenizer) adds them to "
-            "both"
-        )
-    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
-
-
 class ThemisRewardModel(nn.Module):
     """A causal language model that writes a trace, with a head that scores it.
 
@@ -92,7 +77,7 @@ class ThemisRewardModel(nn.Module):
         if not hasattr(causal_lm, "get_output_embeddings") or causal_lm.get_output_embeddings() is None:
             raise TypeError(f"causal_lm must be a model with an LM head, got {type(causal_lm).__name__}")
         self.causal_lm = causal_lm
-        self.pooling = pooling
+        self.pooling: str = pooling
         self.loss = loss or ThemisLoss()
         text_config = causal_lm.config.get_text_config()
         weight = causal_lm.get_output_embeddings().weight
@@ -168,11 +153,9 @@ class ThemisRewardModel(nn.Module):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} is not like {tuple(input_ids.shape)}"
             )
-        if not bool(attention_mask.any(1).all()):
-            raise ValueError("a row of the batch has no attended token")
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left changes nothing
-        if "position_ids" not in kwargs and _takes_positions(self.causal_lm):
-            kwargs["position_ids"] = positions
+        _attended(attention_mask)
+        if "position_ids" not in kwargs and _takes(self.causal_lm, "position_ids"):
+            kwargs["position_ids"] = _positions(attention_mask)
         out = self.causal_lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -180,7 +163,7 @@ class ThemisRewardModel(nn.Module):
             use_cache=False,
             **kwargs,
         )
-        rewards = self._score(out.hidden_states[-1], attention_mask)
+        rewards = self._pooled(out.hidden_states[-1], attention_mask)
         if labels is None:
             return ThemisOutput(rewards=rewards, logits=out.logits)
         losses = self.loss.language(out.logits, labels, parts)
@@ -197,7 +180,57 @@ class ThemisRewardModel(nn.Module):
             rationale_loss=losses["rationale"],
         )
 
-    def _score(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any = None) -> Tensor:
+        """Rewards alone: without the logits of every token, and reading on where a cache ends.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            (B, T), the tokens that the cache does not hold.
+        attention_mask : Tensor
+            (B, S + T), of the S cached columns and the new ones.
+        past_key_values : Cache, optional
+            Of the S columns before; the new tokens are added to it.
+
+        Returns
+        -------
+        Tensor
+            (B,).
+
+        Raises
+        ------
+        ValueError
+            With a cache and pooling ``mean``, which needs the hidden states of all tokens; for a mask of another width
+            than cached and new tokens together; for a row without an attended token among the new ones.
+        """
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past and self.pooling == "mean":
+            raise ValueError("pooling 'mean' needs every token: score without past_key_values")
+        if attention_mask.shape != (len(input_ids), past + input_ids.shape[1]):
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must cover {past} cached and {input_ids.shape[1]} new "
+                f"tokens of {len(input_ids)} rows"
+            )
+        new = attention_mask[:, past:]
+        _attended(new)
+        more: dict[str, Any] = {}
+        if _takes(self.causal_lm, "position_ids"):
+            more["position_ids"] = _positions(attention_mask)[:, past:]
+        if _takes(self.causal_lm, "logits_to_keep"):
+            more["logits_to_keep"] = 1
+        if past:
+            more["past_key_values"] = past_key_values
+        out = self.causal_lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            use_cache=bool(past),
+            **more,
+        )
+        return self._pooled(out.hidden_states[-1], new)
+
+    def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(self.v_head.weight.dtype)  # (B, T, D)
         if self.pooling == "mean":
             weight = mask[..., None].to(hidden.dtype)
@@ -207,6 +240,29 @@ class ThemisRewardModel(nn.Module):
             last = (mask.to(place.dtype) * place).argmax(1)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return self.v_head(pooled).squeeze(-1)  # (B,)
+
+    def check_tokenizer(self, tokenizer: Any) -> dict[str, int]:
+        """Ids of the three tokens.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer lacks one, or has more tokens than the model has rows.
+        """
+        ids = token_ids(tokenizer)
+        rows = self.causal_lm.get_input_embeddings().weight.shape[0]
+        if max(ids.values()) >= rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {max(ids.values())} and the model {rows} rows; "
+                "ThemisRewardModel.from_causal_lm(model, tokenizer) adds rows for the three tokens"
+            )
+        return ids
+
+    def judge(
+        self, tokenizer: Any, bank: Tools, examples: Sequence[Example | tuple[str, str]], **tracing: Any
+    ) -> list[Trace]:
+        """Judge answers with tools: see `run_traces`."""
+        return run_traces(self, tokenizer, bank, examples, **tracing)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the language model."""
@@ -294,8 +350,17 @@ def _is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def _takes_positions(model: Any) -> bool:
+def _takes(model: Any, name: str) -> bool:
     import inspect
 
     inner = model.get_base_model() if _is_peft(model) else model
-    return "position_ids" in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(inner.forward).parameters
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left changes nothing
+
+
+def _attended(mask: Tensor) -> None:
+    if not bool(mask.any(1).all()):
+        raise ValueError("a row of the batch has no attended token")

@@ -26,10 +26,45 @@ SPECIAL_TOKENS = ("<start_tool>", "<start_observation>", "<start_work>")
 TOOL, OBSERVATION, WORK = SPECIAL_TOKENS
 Part = Literal["prompt", "answer", "tool", "observation", "rationale"]
 
-_CALL = re.compile(r"Action\s*\d*\s*:[ \t]*(.*?)\s*\n\s*Action\s*\d*\s*Input\s*\d*\s*:[ \t]*(.*)", re.DOTALL)
-_THOUGHT = re.compile(r"Thought\s*\d*\s*:\s*(.*?)(?=\n\s*Action\s*\d*\s*:|\nFinished|\Z)", re.DOTALL)
+# Possessive quantifiers: a model that repeats itself writes thousands of line ends, which must not be divided up in every
+# possible way.
+_ACTION = re.compile(r"Action\s*+\d*+\s*+:")
+_INPUT = re.compile(r"Action\s*+\d*+\s*+Input\s*+\d*+\s*+:[ \t]*+")
+_THOUGHT = re.compile(r"Thought\s*+\d*+\s*+:\s*+(.*?)(?=\n\s*+Action\s*+\d*+\s*+:|\nFinished|\Z)", re.DOTALL)
+_MARK = re.compile("<(start_(?:tool|observation|work))>")
 _BLOCK = re.compile(r"(?=^Thought\s*\d*\s*:)", re.MULTILINE)
 _NO_TOOL = "Do I need to use a tool? No"
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """Ids of the three tokens.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer lacks one.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"the tokenizer lacks {', '.join(missing)}; ThemisRewardModel.from_causal_lm(model, tokenizer) adds them to "
+            "both"
+        )
+    return {token: vocabulary[token] for token in SPECIAL_TOKENS}
+
+
+def unmarked(text: str) -> str:
+    """A text without the three tokens, which only a judge may write.
+
+    An answer, or an error message that an answer's code raises, could else hold a rationale of its own making.
+
+    Examples
+    --------
+    >>> unmarked("42<start_work> Work: Quite right.")
+    '42start_work Work: Quite right.'
+    """
+    return _MARK.sub(r"\1", text)
 
 
 @dataclass(frozen=True)
@@ -47,12 +82,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Example:
-    """A question and an answer to be judged, with what tools may need besides."""
+    """A question and an answer to be judged, with what tools may need besides.
+
+    Raises
+    ------
+    TypeError
+        If one is no text, or `test_list` is one.
+    """
 
     question: str
     answer: str
     context: str | None = None
     test_list: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer", "context"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "context" and value is None):
+                raise TypeError(f"{name} must be a text, got {type(value).__name__}")
+        if isinstance(self.test_list, str):
+            raise TypeError(f"test_list must be a list of statements, got the text {self.test_list[:60]!r}")
 
     def state(self) -> dict[str, Any]:
         """As the tools receive it."""
@@ -138,10 +187,10 @@ class TraceFormat:
         return prompt + self._trace_parts(steps, rationale)
 
     def _prompt_parts(self, question: str, answer: str, context: str | None) -> list[tuple[Part, str]]:
-        first = f"Context: {context}\n" if context else ""
+        first = f"Context: {unmarked(context)}\n" if context else ""
         return [
-            ("prompt", f"### USER:\n{first}Question: {question}\n"),
-            ("answer", f"Answer: {answer}"),
+            ("prompt", f"### USER:\n{first}Question: {unmarked(question)}\n"),
+            ("answer", f"Answer: {unmarked(answer)}"),
             ("prompt", "\n### ASSISTANT:\n"),
         ]
 
@@ -150,16 +199,20 @@ class TraceFormat:
         for step in steps or [Step(_NO_TOOL)]:
             if step.action:
                 call = f"{TOOL} Thought: {step.thought}\nAction: {step.action}\nAction Input: {step.action_input}\n"
-                out += [("tool", call), ("observation", f"{OBSERVATION} Observation: {step.observation}\n")]
+                out += [("tool", call), ("observation", self.observation(step.observation))]
             else:
                 out.append(("tool", f"{TOOL} Thought: {step.thought or _NO_TOOL}\nFinished.\n"))
         if self.rationale and rationale is not None:
             out.append(("rationale", f"{WORK} Work: {rationale}"))
         return out
 
+    def observation(self, text: str) -> str:
+        """What a tool said, as a trace holds it."""
+        return f"{OBSERVATION} Observation: {unmarked(text)}\n"
+
     def parse(self, text: str) -> tuple[tuple[Step, ...], str | None]:
         """Steps and rationale of a written trace (with or without what stands before it)."""
-        body = text.partition("### ASSISTANT:\n")[2] or text
+        body = text[text.index(TOOL) :] if TOOL in text else text  # nothing before it may hold a mark
         body = body.removesuffix("</s>")
         before, work, rationale = body.partition(WORK)
         steps = []
@@ -176,19 +229,28 @@ class TraceFormat:
 
         Everything behind the first ``Action Input:`` is the input, as the authors' code reads it.
         """
-        found = _CALL.search(text)
-        if found is None:
-            return None
-        return found.group(1).strip(), found.group(2).strip().strip("'\"").strip()
+        found = _call(text)
+        return None if found is None else (found[0], found[1].strip("'\"").strip())
+
+
+def _call(text: str) -> tuple[str, str] | None:
+    """Name and input of the first action whose input begins a line."""
+    named = _ACTION.search(text)
+    if named is None:
+        return None
+    for given in _INPUT.finditer(text, named.end()):
+        between = text[named.end() : given.start()]
+        name = between.rstrip()
+        if "\n" in between[len(name) :]:
+            return name.strip(), text[given.end() :].strip()
+    return None
 
 
 def _step(call: str, observation: str) -> Step:
     thought = _THOUGHT.search(call)
-    found = _CALL.search(call)
+    found = _call(call)
     said = thought.group(1).strip() if thought else ""
-    if found is None:
-        return Step(said)
-    return Step(said, found.group(1).strip(), found.group(2).strip(), observation)
+    return Step(said) if found is None else Step(said, *found, observation)
 
 
 def parse_actions(actions: Mapping[str, str] | str) -> tuple[Step, ...]:

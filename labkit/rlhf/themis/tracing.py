@@ -8,15 +8,27 @@ from typing import Any
 
 import torch
 
-from labkit.rlhf.themis.bank import ToolBank
-from labkit.rlhf.themis.model import ThemisRewardModel, token_ids
-from labkit.rlhf.themis.traces import OBSERVATION, TOOL, WORK, Example, Step, Trace, TraceFormat, _step
+from labkit.rlhf.themis.reading import Judge, Reader
+from labkit.rlhf.themis.traces import (
+    OBSERVATION,
+    TOOL,
+    WORK,
+    Example,
+    Step,
+    Trace,
+    TraceFormat,
+    _step,
+)
+from labkit.rlhf.themis.verdicts import Tools
+
+_TAKEN = {"attention_mask", "eos_token_id", "input_ids", "num_return_sequences", "past_key_values"}
+_TAKEN |= {"return_dict_in_generate"}
 
 
 def run_trace(
-    model: ThemisRewardModel,
+    model: Judge,
     tokenizer: Any,
-    bank: ToolBank,
+    bank: Tools,
     question: str,
     answer: str,
     context: str | None = None,
@@ -42,7 +54,7 @@ class _Running:
         self.finished = ""
         self.working = False  # only the rationale is missing
 
-    def hear(self, said: str, bank: ToolBank) -> None:
+    def hear(self, said: str, bank: Tools) -> None:
         """Take what the model has written and, if it is a call, carry it out."""
         if self.working:
             self._work(said)
@@ -57,7 +69,7 @@ class _Running:
             written = call_text.partition(WORK)[0].rstrip()
             observation = bank.call(called[0], called[1], self.example.state())
             self.steps.append(Step(_step(written, "").thought, called[0], called[1], observation))
-            self.text += f"{written}\n{OBSERVATION} Observation: {observation}\n"
+            self.text += f"{written}\n{self.form.observation(observation)}"
         elif WORK in said or "Work:" in said:
             before = said.partition(WORK)[0].partition("Work:")[0].rstrip()
             thought = _step(before, "").thought
@@ -74,6 +86,16 @@ class _Running:
             bank.counts["malformed"] += 1
             self.text += said.rstrip()
             self.finished = "malformed"
+        if not self.form.rationale and self.steps and not self.finished and not self.steps[-1].action:
+            self.finished = "work"
+
+    def stop_calling(self) -> None:
+        """All rounds are used: only the rationale may follow."""
+        if not self.form.rationale:
+            self.finished = "rounds"
+        elif not self.working:
+            self.text += WORK
+            self.working = True
 
     def _work(self, said: str) -> None:
         self.rationale = said.strip().removeprefix("Work:").strip()
@@ -81,29 +103,40 @@ class _Running:
         self.finished = "work"
 
 
+def _as_example(given: Example | tuple[str, str]) -> Example:
+    if isinstance(given, Example):
+        return given
+    if isinstance(given, str) or len(given) != 2:
+        raise TypeError(f"examples must be Examples or pairs of question and answer, got {given!r}")
+    return Example(*given)
+
+
 @contextlib.contextmanager
-def _judging(model: ThemisRewardModel, tokenizer: Any) -> Iterator[None]:
-    side, training = tokenizer.padding_side, model.training
+def _judging(model: Judge, tokenizer: Any) -> Iterator[None]:
+    # Module by module: parts of a model may be held in another mode than the whole.
+    side, modes = tokenizer.padding_side, [(module, module.training) for module in model.modules()]
     tokenizer.padding_side = "left"
     model.eval()
     try:
         yield
     finally:
         tokenizer.padding_side = side
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
 def run_traces(
-    model: ThemisRewardModel,
+    model: Judge,
     tokenizer: Any,
-    bank: ToolBank,
+    bank: Tools,
     examples: Sequence[Example | tuple[str, str]],
     *,
     max_rounds: int = 3,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     rationale: bool = True,
+    reuse_cache: bool = True,
     **generation: Any,
 ) -> list[Trace]:
     """Judge answers with tools, a batch at a time.
@@ -113,7 +146,7 @@ def run_traces(
 
     Parameters
     ----------
-    model, tokenizer
+    model, tokenizer : ThemisRewardModel and its tokenizer
         As `ThemisRewardModel.from_causal_lm` left them.
     bank : ToolBank
     examples : sequence of Example or (question, answer)
@@ -124,6 +157,11 @@ def run_traces(
     batch_size : int
     rationale : bool
         False for a model that was trained without: a trace ends with its calls.
+    reuse_cache : bool
+        Keep keys and values from round to round and for the reward, so that only what is new is read. The same tokens
+        are read either way, so results differ by rounding at most (in half precision a near tie between two tokens can
+        fall the other way); False keeps no memory while tools run. Models whose cache cannot be continued (recurrent
+        layers, windows that have slid, beams) read everything again in any case.
     **generation
         For ``generate``; decoding is greedy by default.
 
@@ -135,79 +173,57 @@ def run_traces(
     Raises
     ------
     ValueError
-        For fewer than one round, or a tokenizer without the three tokens.
+        For fewer than one round, options of ``generate`` that traces need for themselves, or a tokenizer that lacks the
+        three tokens or does not belong to the model.
+    TypeError
+        For an example that is neither.
     """
-    special = token_ids(tokenizer)
+    special = model.check_tokenizer(tokenizer)
     if max_rounds < 1 or max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
             f"max_rounds, max_new_tokens and batch_size must be at least 1, got {max_rounds}, {max_new_tokens} and "
             f"{batch_size}"
         )
-    given = [example if isinstance(example, Example) else Example(*example) for example in examples]
+    taken = sorted(_TAKEN & set(generation))
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)} cannot be set: each answer gets one trace, read on round by round"
+        )
+    given = [_as_example(example) for example in examples]
     form = TraceFormat(rationale)
     out: list[Trace] = []
     stops = [special[OBSERVATION]] + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[-1]
     options = {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,
         "eos_token_id": stops,
-        "pad_token_id": pad,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[-1],
+        **generation,
     }
     with _judging(model, tokenizer):
         for begin in range(0, len(given), batch_size):
             batch = [_Running(example, form) for example in given[begin : begin + batch_size]]
-            for round_number in range(max_rounds + 1):
-                going = [item for item in batch if not item.finished]
-                if not going:
-                    break
-                if round_number == max_rounds:
-                    for item in going:  # no further call
-                        if not rationale:
-                            item.finished = "rounds"
-                        elif not item.working:
-                            item.text += WORK
-                            item.working = True
-                    going = [item for item in going if not item.finished]
-                    if not going:
-                        break
-                for item, said in zip(
-                    going, _continue(model, tokenizer, going, {**options, **generation}), strict=True
-                ):
-                    item.hear(said, bank)
-                    if not rationale and item.steps and not item.finished and not _may_call_again(item):
-                        item.finished = "work"
-            rewards = _rewards(model, tokenizer, [item.text for item in batch])
-            for item, reward in zip(batch, rewards, strict=True):
-                ended = item.finished or "rounds"
-                out.append(Trace(tuple(item.steps), item.rationale, reward, item.text, ended))
+            rewards = _run(Reader(model, tokenizer, reuse_cache, options), batch, bank, max_rounds)
+            for number, item in enumerate(batch):
+                out.append(
+                    Trace(tuple(item.steps), item.rationale, rewards[number], item.text, item.finished)
+                )
     return out
 
 
-def _may_call_again(item: _Running) -> bool:
-    return bool(item.steps[-1].action)
-
-
-def _continue(
-    model: ThemisRewardModel, tokenizer: Any, going: Sequence[_Running], options: dict[str, Any]
-) -> list[str]:
-    batch = tokenizer(
-        [item.text for item in going], return_tensors="pt", padding=True, add_special_tokens=False
-    )
-    batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    written = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=False)
-    ends = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
-    out = []
-    for text in texts:
-        for token in ends:
-            text = text.partition(token)[0]
-        out.append(text)
-    return out
-
-
-def _rewards(model: ThemisRewardModel, tokenizer: Any, texts: Sequence[str]) -> list[float]:
-    whole = [text + (tokenizer.eos_token or "") for text in texts]
-    batch = tokenizer(whole, return_tensors="pt", padding=True, add_special_tokens=False)
-    out = model(batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
-    return [float(value) for value in out.rewards]
+def _run(reader: Reader, batch: Sequence[_Running], bank: Tools, max_rounds: int) -> dict[int, float]:
+    """Take a batch to its end; the rewards by place."""
+    rewards: dict[int, float] = {}
+    going = dict(enumerate(batch))
+    for round_number in range(max_rounds + 1):
+        if round_number == max_rounds:
+            for item in going.values():
+                item.stop_calling()
+        open_ones = {place: item.text for place, item in going.items() if not item.finished}
+        for place, said in (reader.write(open_ones) if open_ones else {}).items():
+            going[place].hear(said, bank)
+        # A trace is scored while what was read of it is still kept.
+        ended = {place: item.text for place, item in going.items() if item.finished}
+        rewards |= reader.score(ended)
+        going = {place: item for place, item in going.items() if place not in ended}
+    return rewards

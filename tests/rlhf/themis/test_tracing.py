@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from labkit.rlhf import (
-    Calculator,
     Calendar,
     Step,
     ThemisCollator,
@@ -17,7 +16,7 @@ from labkit.rlhf import (
     run_traces,
 )
 from labkit.rlhf.themis import FAILED
-from labkit.rlhf.themis.traces import Example
+from labkit.rlhf.themis.traces import Example, token_ids
 from labkit.testbeds import tool_questions
 
 from .conftest import byte_tokenizer
@@ -30,6 +29,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.tokenizer, self.scripts = tokenizer, scripts
         self.anchor = nn.Parameter(torch.zeros(1))
+        self.pooling = "last"
         self.rounds: list[int] = []
         self.read: list[list[int]] = []
 
@@ -48,10 +48,15 @@ class Scripted(nn.Module):
             out.append(self.tokenizer(said, add_special_tokens=False).input_ids)
         width = max(map(len, out))
         padded = [ids + [pad_token_id] * (width - len(ids)) for ids in out]
-        return torch.cat([input_ids, torch.tensor(padded)], 1)
+        return types.SimpleNamespace(sequences=torch.cat([input_ids, torch.tensor(padded)], 1))
 
-    def forward(self, input_ids, attention_mask):
-        return types.SimpleNamespace(rewards=attention_mask.sum(1).float())
+    check_tokenizer = staticmethod(token_ids)
+
+    def score(self, input_ids, attention_mask, past_key_values=None):
+        return attention_mask.sum(1).float()
+
+    def judge(self, tokenizer, bank, examples, **tracing):
+        return run_traces(self, tokenizer, bank, examples, **tracing)
 
 
 CALL = " Thought: look\nAction: Calendar.week_day\nAction Input: 2015-03-24\n<start_observation>"
@@ -194,29 +199,3 @@ def test_with_a_real_model(model, tokenizer):
     for trace in traces:
         ids = tokenizer(trace.text + "</s>", return_tensors="pt", add_special_tokens=False).input_ids
         assert trace.reward == pytest.approx(model(ids).rewards.item(), abs=1e-5)
-
-
-def test_in_trls_grpo(tmp_path):
-    """A step of GRPO with a tool's verdict as the reward."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from labkit.testbeds.models import tiny
-
-    tokenizer = byte_tokenizer()
-    policy = tiny("llama", width=32, heads=2, vocab=len(tokenizer), seed=0)
-    bank = ToolBank([Calculator()])
-    args = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=4,
-        max_completion_length=8, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=policy,
-        reward_funcs=bank.as_reward_fn(action="calculator"),
-        args=args,
-        train_dataset=Dataset.from_list([{"prompt": "1+1?"}] * 4),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    assert bank.counts["called"] == 4
-    assert any("rewards/calculator_reward/mean" in entry for entry in trainer.state.log_history)
