@@ -199,6 +199,21 @@ def _stored(own: Sequence[Pair], given: Sequence[Pair]) -> dict[str, int]:
     return {"answers": len(stored), "own number": count(own), "given number": count(given)}
 
 
+def _lines(table: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table with whole numbers, and None where there is none."""
+    return [
+        {
+            str(name): value
+            if isinstance(value, str)
+            else None
+            if value is None or value != value
+            else int(value)
+            for name, value in line.items()
+        }
+        for line in table
+    ]
+
+
 def _seconds() -> float:
     """CPU seconds of this process and the programs that it ran."""
     return sum(os.times()[:4])
@@ -237,8 +252,7 @@ def measure(done: Callable[[dict[str, Any]], Any] = lambda found: None) -> dict[
         return _seconds()
 
     now = _seconds()
-    table = replay(folder).astype(object)
-    now = part("replay", {"replay": table.where(table.notna(), None).to_dict("records")}, now)
+    now = part("replay", {"replay": _lines(replay(folder).to_dict("records"))}, now)
     tools = bank()
     train, test = ({task: read(task, name, tools) for task in TASKS} for name in ("train", "test"))
     given = read("calculator", "train", tools, given=True)
