@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 #: What `overlap` counts.
 OVERLAPS = ("share told", "all told", "share of numbers told", "any number told")
 #: Of regularisation, that are tried.
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 _WORD = re.compile(r"[a-z_]+|\d+(?:[.:-]\d+)*")
 
 
@@ -63,14 +63,14 @@ class BradleyTerry:
     ----------
     tools : bool
         False reads question and answer alone.
-
-    The strength of regularisation is the best of `STRENGTHS` in five folds of the training pairs, for either kind.
+    strengths : sequence of float
+        Inverse strengths of regularisation; the one that is best in five folds of the training pairs is taken.
     """
 
-    def __init__(self, tools: bool) -> None:
+    def __init__(self, tools: bool, strengths: Sequence[float] = STRENGTHS) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.tools = tools
+        self.tools, self.strengths = tools, tuple(strengths)
         self.words = TfidfVectorizer(analyzer=_terms, sublinear_tf=True)
         self.told = TfidfVectorizer(analyzer=_words, sublinear_tf=True)
         self.strength = 0.0
@@ -98,10 +98,10 @@ class BradleyTerry:
         sign = np.where(np.arange(len(pairs)) % 2 == 0, 1, -1)
         mirrored = difference.multiply(sign[:, None]).tocsr()
         scores = {}
-        for strength in STRENGTHS:
+        for strength in self.strengths if len(self.strengths) > 1 else ():
             model = LogisticRegression(C=strength, fit_intercept=False, max_iter=3000)
             scores[strength] = cross_val_score(model, mirrored, sign, cv=5).mean()
-        self.strength = max(STRENGTHS, key=lambda each: scores[each])
+        self.strength = max(self.strengths, key=lambda each: scores.get(each, 0.0))
         last = LogisticRegression(C=self.strength, fit_intercept=False, max_iter=3000).fit(mirrored, sign)
         self.weights = last.coef_[0]
         return self
@@ -156,7 +156,8 @@ def judged(
     -------
     dict
         ``single`` and ``mixed``: by task ``text``, ``tool`` and ``shuffled`` (a reward with tools that was trained and
-        tested on `shuffled` observations), and under ``average`` the mean over all pairs. ``swapped``: by training and
+        tested on `shuffled` observations) and ``text, best`` (``text`` with the strength that suits the test pairs best,
+        which no fair choice could beat), and under ``average`` the mean over all pairs. ``swapped``: by training and
         task, of the pairs that the reward with tools has in order, how many it turns round when they are `swapped`.
         ``strengths``: what was chosen.
 
@@ -184,6 +185,9 @@ def judged(
         table: dict[str, dict[str, float]] = {task: {} for task in test}
         turned: dict[str, dict[str, int]] = {}
         strengths: dict[str, dict[str, float]] = {}
+        best = [_accuracies(_train(training, False, train, (each,)), test) for each in STRENGTHS]
+        for task in test:
+            table[task]["text, best"] = round(max(found[task] for found in best), 4)
         for name, (tools, learned, tried) in arms.items():
             models = _train(training, tools, learned)
             strengths[name] = {task: model.strength for task, model in models.items()}
@@ -194,7 +198,7 @@ def judged(
         sizes = [len(test[task]) for task in test]
         average = {
             name: round(float(np.average([table[task][name] for task in test], weights=sizes)), 4)
-            for name in arms
+            for name in ("text, best", *arms)
         }
         out[training] = {**table, "average": average}
         out["swapped"][training] = {**turned, "all": _total(turned.values())}
@@ -202,11 +206,17 @@ def judged(
     return out
 
 
-def _train(training: str, tools: bool, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, BradleyTerry]:
+def _train(
+    training: str, tools: bool, pairs: Mapping[str, Sequence[Pair]], strengths: Sequence[float] = STRENGTHS
+) -> dict[str, BradleyTerry]:
     if training == "single":
-        return {task: BradleyTerry(tools).fit(found) for task, found in pairs.items()}
-    mixed = BradleyTerry(tools).fit([pair for found in pairs.values() for pair in found])
+        return {task: BradleyTerry(tools, strengths).fit(found) for task, found in pairs.items()}
+    mixed = BradleyTerry(tools, strengths).fit([pair for found in pairs.values() for pair in found])
     return dict.fromkeys(pairs, mixed)
+
+
+def _accuracies(models: Mapping[str, BradleyTerry], test: Mapping[str, Sequence[Pair]]) -> dict[str, float]:
+    return {task: models[task].accuracy(pairs) for task, pairs in test.items()}
 
 
 def _turned(model: BradleyTerry, pairs: Sequence[Pair]) -> dict[str, int]:
