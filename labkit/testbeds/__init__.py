@@ -26,6 +26,9 @@ __getattr__, __dir__, __all__ = attach(
         "string_tasks": ["StringTasks", "exact_match"],
         "synonyms": ["SynonymTask"],
         "tokenizers": ["byte_tokenizer", "train_bpe"],
+        "tara": [],
+        "tara_planner": [],
+        "tara_rewards": [],
         "tool_questions": [],
         "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [

@@ -9,7 +9,17 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from labkit.rlhf.themis import Calculator, Calendar, Step, ToolBank, Trace, load_tara, parse_actions, replay
+from labkit.rlhf.themis import (
+    Calculator,
+    Calendar,
+    Step,
+    ToolBank,
+    Trace,
+    TraceFormat,
+    load_tara,
+    parse_actions,
+    replay,
+)
 from labkit.testbeds import data, recorded, tara, tara_planner, tara_rewards
 from labkit.testbeds.tara import Pair
 from labkit.testbeds.tara_rewards import BradleyTerry
@@ -52,7 +62,7 @@ def told_pairs(count, seed):
     for number in range(count):
         right, wrong = rng.choice(np.arange(10, 99), 2, replace=False)
         out.append(
-            Pair("calendar", f"Question {number}?", (f"It is {right}", f"It is {wrong}"), (f"{right}",) * 2)
+            Pair("calendar", f"Question {number + 1000}?", (f"It is {right}", f"It is {wrong}"), (f"{right}",) * 2)
         )
     return out
 
@@ -215,59 +225,68 @@ def test_the_record():
     assert record["environment"]["data"].startswith("TARA")
 
 
+@pytest.fixture(scope="module")
+def fresh():
+    """Real pairs of the tasks whose tools take no time."""
+    bank = tara.bank()
+    tasks = ("calendar", "calculator", "weather", "multi_tools")
+    return {part: {task: tara.read(task, part, bank) for task in tasks} for part in ("train", "test")}
+
+
 @pytest.mark.realdata
 @real
-class TestFresh:
-    """Parts of the record that take seconds, made again."""
+def test_replay_comes_back():
+    record = {(line["task"], line["action"]): line for line in recorded.read("themis")["replay"]}
+    table = replay(data.find("themis"), ["calendar", "calculator"])
+    assert tara._lines(table.to_dict("records")) == [
+        record[key] for key in zip(table.task, table.action, strict=True)
+    ]
 
-    record = recorded.read("themis") if (recorded.FOLDER / "themis.json").is_file() else {}
-    tasks = ("calendar", "weather", "calculator", "multi_tools")
 
-    @pytest.fixture(scope="class")
-    def pairs(self):
-        bank = tara.bank()
-        return {
-            part: {task: tara.read(task, part, bank) for task in self.tasks} for part in ("train", "test")
-        }
+@pytest.mark.realdata
+@real
+def test_rewards_come_back(fresh):
+    record = recorded.read("themis")["judged"]
+    tasks = ("calendar", "multi_tools")
+    chosen = [{task: fresh[part][task] for task in tasks} for part in ("train", "test")]
+    found = tara_rewards.judged(*chosen, ["single"])
+    for task in tasks:
+        assert found["single"][task] == pytest.approx(record["single"][task], abs=0.03)
+        assert found["swapped"]["single"][task] == pytest.approx(record["swapped"]["single"][task], abs=3)
 
-    def test_replay(self):
-        table = replay(data.find("themis"), ["calendar", "calculator"])
-        for _, line in table.iterrows():
-            (kept,) = [
-                one
-                for one in self.record["replay"]
-                if (one["task"], one["action"]) == (line.task, line.action)
-            ]
-            assert (kept["reproduced"], kept["calls"]) == (line.reproduced, line.calls)
 
-    def test_judged(self, pairs):
-        found = tara_rewards.judged(pairs["train"], pairs["test"], ["single"])
-        for task in self.tasks:
-            for arm in ("text", "tool", "shuffled"):
-                kept = self.record["judged"]["single"][task][arm]
-                assert found["single"][task][arm] == pytest.approx(kept, abs=0.03)
-            kept = self.record["judged"]["swapped"]["single"][task]
-            assert found["swapped"]["single"][task]["flipped"] == pytest.approx(kept["flipped"], abs=5)
+@pytest.mark.realdata
+@real
+def test_the_calculator_is_told_the_right_number(fresh):
+    record = recorded.read("themis")
+    given = tara.read("calculator", "train", tara.bank(), given=True)
+    stored = tara._stored(fresh["train"]["calculator"], given)
+    assert stored == record["facts"]["calculator"]["stored"]
+    assert stored["given number"] > 1.5 * stored["own number"]
+    for name, pairs in (("judged", fresh["train"]["calculator"]), ("judged, given", given)):
+        kept = record[name]
+        strength = kept["strengths"]["single"]["tool"]["calculator"]
+        found = BradleyTerry(True, (strength,)).fit(pairs).accuracy(fresh["test"]["calculator"])
+        assert found == pytest.approx(kept["single"]["calculator"]["tool"], abs=0.03)
 
-    def test_the_calculator_is_told_the_right_number(self, pairs):
-        given = tara.read("calculator", "train", tara.bank(), given=True)
-        stored = tara._stored(pairs["train"]["calculator"], given)
-        assert stored == self.record["facts"]["calculator"]["stored"]
-        assert stored["given number"] > 1.5 * stored["own number"]
-        found = BradleyTerry(True).fit(given).accuracy(pairs["test"]["calculator"])
-        kept = self.record["judged, given"]["single"]["calculator"]["tool"]
-        assert found == pytest.approx(kept, abs=0.02)
 
-    def test_nothing_but_the_answer_differs(self, pairs):
-        for part in pairs.values():
-            for task in ("calendar", "weather", "multi_tools"):
-                assert all(pair.observations[0] == pair.observations[1] for pair in part[task])
+@pytest.mark.realdata
+@real
+def test_the_observation_alone_orders_nothing(fresh):
+    """Where both answers have the same one, its words cancel."""
+    for part in fresh.values():
+        for task in ("calendar", "weather", "multi_tools"):
+            assert all(pair.observations[0] == pair.observations[1] for pair in part[task])
 
-    def test_the_words_of_the_test_are_known(self):
-        rows = load_tara(data.find("themis"), "calendar_train")
-        model, collator = tara_planner.planner(rows, seed=0)
-        tokenizer = collator.tokenizer
-        test = load_tara(data.find("themis"), "calendar_test")
-        ids = [token for one in test for token in tokenizer(one["question"])["input_ids"]]
-        assert tokenizer.unk_token_id not in ids
-        assert sum(weight.numel() for weight in model.parameters()) < 120_000
+
+@pytest.mark.realdata
+@real
+def test_the_planner_knows_the_words_of_the_test():
+    folder = data.find("themis")
+    model, collator = tara_planner.planner(load_tara(folder, "calendar_train"), seed=0)
+    tokenizer = collator.tokenizer
+    for one in load_tara(folder, "calendar_test"):
+        for which in tara.ANSWERS:
+            text = TraceFormat().prompt(one["question"], one[which]["answer"])
+            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    assert sum(weight.numel() for weight in model.parameters()) < 120_000
