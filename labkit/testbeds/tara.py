@@ -271,6 +271,7 @@ def measure(done: Callable[[dict[str, Any]], Any] = lambda found: None) -> dict[
 
 def main() -> None:
     """Measure and record."""
+    import sklearn
     import torch
 
     from labkit.lab.bench import environment
@@ -278,7 +279,10 @@ def main() -> None:
 
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
-    where = environment() | {"data": "TARA, commit 1601b5f6 of ernie-research/Tool-Augmented-Reward-Model"}
+    where = environment() | {
+        "scikit-learn": sklearn.__version__,
+        "data": "TARA, commit 1601b5f6 of ernie-research/Tool-Augmented-Reward-Model",
+    }
 
     def keep(found: dict[str, Any]) -> None:
         recorded.write("themis", found, where)

@@ -62,7 +62,12 @@ def told_pairs(count, seed):
     for number in range(count):
         right, wrong = rng.choice(np.arange(10, 99), 2, replace=False)
         out.append(
-            Pair("calendar", f"Question {number + 1000}?", (f"It is {right}", f"It is {wrong}"), (f"{right}",) * 2)
+            Pair(
+                "calendar",
+                f"Question {number + 1000}?",
+                (f"It is {right}", f"It is {wrong}"),
+                (f"{right}",) * 2,
+            )
         )
     return out
 
