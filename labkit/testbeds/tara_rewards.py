@@ -157,7 +157,7 @@ def judged(
     dict
         ``single`` and ``mixed``: by task ``text``, ``tool`` and ``shuffled`` (a reward with tools that was trained and
         tested on `shuffled` observations) and ``text, best`` (``text`` with the strength that suits the test pairs best,
-        which no fair choice could beat), and under ``average`` the mean over all pairs. ``swapped``: by training and
+        which no choice among them could beat), and under ``average`` the mean over all pairs. ``swapped``: by training and
         task, of the pairs that the reward with tools has in order, how many it turns round when they are `swapped`.
         ``strengths``: what was chosen.
 
