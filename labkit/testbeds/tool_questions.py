@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 PLACES = ("Oslo", "Lima", "Cairo", "Perth", "Quito", "Turin", "Accra", "Hanoi")
-TASKS = ("calendar", "weather", "multi_tools", "calculator")
+SKIES = ("Sunny", "Cloudy", "Mist")
+TASKS = ("calendar", "weather", "multi_tools", "calculator", "week_day", "sky")
 _WEEK_DAY = (
     "Which day of the week is {day}?",
     "What weekday does {day} fall on?",
@@ -35,6 +36,7 @@ _MULTI = (
     "How humid was it in {place} {n} days after {day}?",
     "What was the humidity in {place} {n} days after {day}?",
 )
+_SKY = ("Which sky did {place} have on {day}?", "What was the sky over {place} on {day}?")
 _PIECE = r"<[a-z_/]+>| ?[A-Za-z]+|[0-9]|[^A-Za-z0-9]"
 
 
@@ -100,13 +102,31 @@ def weather_store(seed: int = 0, days: int = 60) -> dict[str, str]:
         for number in range(days):
             day = datetime.date(2023, 1, 1) + datetime.timedelta(days=number)
             sky, heat, humid = (
-                rng.choice(["Sunny", "Cloudy", "Mist"]),
+                rng.choice(SKIES),
                 rng.randrange(-5, 35),
                 rng.randrange(15, 96),
             )
             told = f"overall weather: {sky}; temperature: {heat}.0(C); humidity: {humid}.0; UV index: {rng.randrange(9)}.0."
             store[f"{place}, {day}"] = f"The weather for {place} on {day} is: \n{told}"
     return store
+
+
+def sky_store(seed: int = 0, days: int = 60) -> dict[str, str]:
+    """An invented sky for every place of `PLACES` on the first days of 2023; the answer is one word."""
+    rng = random.Random(seed)
+    first = datetime.date(2023, 1, 1)
+    keys = [f"{place}, {first + datetime.timedelta(days=n)}" for place in PLACES for n in range(days)]
+    return {key: f"{key}: overall weather: {rng.choice(SKIES)};" for key in keys}
+
+
+def sky(rng: random.Random, store: Mapping[str, str]) -> dict[str, Any]:
+    """Which sky had a place on a day?"""
+    key = rng.choice(sorted(store))
+    place, _, day = key.partition(", ")
+    right = next(name for name in SKIES if name in store[key])
+    wrong = rng.choice([name for name in SKIES if name != right])
+    step = _step("I need the weather.", "history_weather", key, store[key])
+    return _pair(rng.choice(_SKY).format(place=place, day=day), "It is {}.", right, wrong, [step])
 
 
 def _humidity(observation: str) -> str:
@@ -168,7 +188,7 @@ def rows(
     count : int
     seed : int
     store : mapping, optional
-        For the weather; by default `weather_store` of seed 0.
+        For the weather and the sky; by default `weather_store` and `sky_store` of seed 0.
 
     Returns
     -------
@@ -181,12 +201,14 @@ def rows(
     'Calendar.week_day'
     """
     rng = random.Random(f"{task} {seed}")
-    known = store if store is not None else weather_store()
+    known = store if store is not None else sky_store() if task == "sky" else weather_store()
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "calendar": lambda: rng.choice([week_day, target_day, day_difference])(rng),
         "weather": lambda: weather(rng, known),
         "multi_tools": lambda: weather(rng, known, multi=True),
         "calculator": lambda: calculator(rng),
+        "week_day": lambda: week_day(rng),
+        "sky": lambda: sky(rng, known),
     }
     if task not in makers:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")

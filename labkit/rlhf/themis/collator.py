@@ -33,6 +33,9 @@ class ThemisCollator:
         Also learn the text of the better answer, as the authors' code.
     drop_observation : float
         Chance that an observation is replaced by a failed call, to make a model bear failing tools.
+    failed_rationale : str, optional
+        What a rationale says where an observation was replaced. By default it stays as it is; but then it tells what the
+        observation no longer does, and a model learns to make it up.
     form : TraceFormat
     seed : int
         Of `drop_observation`.
@@ -47,6 +50,7 @@ class ThemisCollator:
     max_length: int = 1024
     imitate: bool = True
     drop_observation: float = 0.0
+    failed_rationale: str | None = None
     form: TraceFormat = field(default_factory=TraceFormat)
     seed: int = 0
 
@@ -90,8 +94,10 @@ class ThemisCollator:
             if isinstance(given, Sequence) and not isinstance(given, str)
             else parse_actions(given)
         )
-        steps = [self._dropped(step) for step in steps]
+        whole, steps = steps, [self._dropped(step) for step in steps]
         rationale = side.get("rationale", (side.get("score_agent") or {}).get("explanation"))
+        if self.failed_rationale is not None and any(a is not b for a, b in zip(whole, steps, strict=True)):
+            rationale = self.failed_rationale
         pieces = self.form.parts(example, steps, rationale)
         learned = {"tool", "observation", "rationale"}
         if self.imitate and which == _CHOSEN:
