@@ -2,7 +2,8 @@
 
 An answer is a list of tokens. Some tokens are *good*; the quality of an answer is the share of good tokens in it,
 whatever its length. The annotators compare qualities, but also lean towards the longer answer. A Llama classifier
-trained on their choices learns both. Picking the best of several answers by its score then picks long ones.
+trained on their choices learns both. Picking the best of several answers by its score then picks long ones, and models
+that write long answers lead a leaderboard that it judges.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 
-__all__ = ["PROMPT", "Answers", "answers", "best_of", "picks", "train_reward_model"]
+__all__ = ["PROMPT", "Answers", "answers", "best_of", "leaderboard", "picks", "train_reward_model"]
 
 VOCAB, GOOD, PAD = 65, 32, 0  # tokens 1 to 31 are good, 32 to 63 are not
 PROMPT = [64]  # the same for all answers; a model can only count what it attends to against something
@@ -47,13 +49,21 @@ def answers(count: int, seed: int = 0) -> Answers:
     rng = np.random.default_rng([seed, 7])
     lengths = np.clip(np.round(SHORTEST + rng.gamma(1.55, 9.0, count)), SHORTEST, LONGEST).astype(int)
     wanted = rng.uniform(0.2, 0.8, count)
-    ids, quality = [], np.empty(count)
+    ids, quality = _written(rng, lengths, wanted)
+    return Answers(ids, quality, lengths.astype(float))
+
+
+def _written(
+    rng: np.random.Generator, lengths: npt.NDArray[Any], wanted: npt.NDArray[np.float64]
+) -> tuple[list[list[int]], npt.NDArray[np.float64]]:
+    """Token ids of answers of given lengths with a given share of good tokens, and the share after rounding."""
+    ids, quality = [], np.empty(len(lengths))
     for row, (length, share) in enumerate(zip(lengths, wanted, strict=True)):
         good = rng.permutation(length) < round(share * length)
         tokens = np.where(good, rng.integers(1, GOOD, length), rng.integers(GOOD, VOCAB - 1, length))
         ids.append(tokens.tolist())
         quality[row] = good.mean()
-    return Answers(ids, quality, lengths.astype(float))
+    return ids, quality
 
 
 def train_reward_model(
@@ -154,3 +164,61 @@ def picks(scores: Mapping[str, Any], of: Answers, choices: Sequence[int]) -> Ite
                 "quality": best_of(rank, of.quality, n),
                 "length": best_of(rank, of.lengths / of.lengths.mean(), n),
             }
+
+
+def leaderboard(
+    judge: Any, together: float = 0.5, models: int = 24, prompts: int = 30, seed: int = 0
+) -> pd.DataFrame:
+    """Models that answer the same prompts, ranked by a judge: win rates against one of their own number.
+
+    Models differ in the quality and in the length of their answers; the baseline is of average quality and length. A win
+    rate is the mean of the sigmoid of the difference of the two answers' scores.
+
+    Parameters
+    ----------
+    judge : LlamaForSequenceClassification
+        Such as `train_reward_model` returns.
+    together : float
+        Correlation of quality and length over models, -0.95 to 0.95. Above 0 better models write longer answers, as on
+        real leaderboards, and calibration's assumption fails.
+    models, prompts : int
+        Models, and answers of each.
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by model: ``win_rate`` in (0, 1), mean ``length`` in tokens, ``true quality``.
+
+    Raises
+    ------
+    ValueError
+        For a correlation outside of the range, or fewer than 10 models.
+    """
+    if not -0.95 <= together <= 0.95:
+        raise ValueError(f"together={together} is not allowed; a correlation of -0.95 to 0.95")
+    if models < 10:
+        raise ValueError(f"models={models}: at least 10 are needed for a curve over models")
+    rng = np.random.default_rng([seed, 9])
+    draw = rng.normal(size=(2, models))
+    draw = np.linalg.solve(np.linalg.cholesky(np.cov(draw)), draw - draw.mean(axis=1, keepdims=True))
+    skill = np.append(draw[0], 0.0)  # the last is the baseline
+    wordy = np.append(together * draw[0] + np.sqrt(1 - together**2) * draw[1], 0.0)
+    row = np.repeat(np.arange(models + 1), prompts)
+    lengths = np.round(26 + 9 * wordy[row] + 3 * rng.normal(size=len(row)))
+    lengths = np.clip(lengths, SHORTEST, LONGEST).astype(int)
+    ids, quality = _written(
+        rng, lengths, np.clip(0.5 + 0.05 * skill[row] + 0.05 * rng.normal(size=len(row)), 0, 1)
+    )
+    with torch.no_grad():
+        tokens, mask = _padded([PROMPT + answer for answer in ids])
+        scores = judge(input_ids=tokens, attention_mask=mask).logits[:, 0].double().numpy()
+    table = scores.reshape(models + 1, prompts)
+    return pd.DataFrame(
+        {
+            "win_rate": (1 / (1 + np.exp(table[-1] - table[:-1]))).mean(axis=1),
+            "length": lengths.reshape(table.shape)[:-1].mean(axis=1),
+            "true quality": quality.reshape(table.shape)[:-1].mean(axis=1),
+        },
+        index=pd.Index([f"model {number}" for number in range(1, models + 1)], name="model"),
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from labkit.rlhf import PPOConfig, ValueModel
 from labkit.testbeds import delayed_sweep, recorded
 from labkit.testbeds.delayed import BEST, DelayedTask
 
@@ -72,3 +75,39 @@ def test_the_record_holds_all_runs_and_the_code_still_begins_them(monkeypatch: p
     monkeypatch.setattr(delayed_sweep, "UPDATES", 4)
     again = delayed_sweep.train("n = 5", 1)
     assert again == pytest.approx(record["scores"]["n = 5"]["1"][:4], abs=0.05)
+
+
+def test_answers_to_a_prompt_are_compared() -> None:
+    task = DelayedTask(1, length=10)
+    config = PPOConfig(
+        iterations=1, batch_size=16, max_new_tokens=10, eos_token_id=None, kl_coef=0.5, device="cpu"
+    )
+    critic = ValueModel.from_backbone(task.critic())
+    before = [weight.clone() for weight in critic.parameters()]
+    models = {"ref_model": task.uniform(), "value_model": critic}
+    trainer = delayed_sweep.GroupTrainer(task.policy(), task.reward, config, task.prompts, **models)
+    batch = trainer.collect(0)
+    prompts = batch.prompt_ids[:, -1].tolist()
+    assert prompts == [prompts[0]] * 8 + [prompts[8]] * 8
+    assert len({tuple(row) for row in batch.tokens.tolist()}) > 8
+    for group in (range(8), range(8, 16)):
+        worth = [
+            float(batch.scores[i] - 0.5 * (batch.logprobs[i] - batch.ref_logprobs[i]).sum()) for i in group
+        ]
+        mean = sum(worth) / 8
+        spread = (sum((value - mean) ** 2 for value in worth) / 7) ** 0.5
+        for i, value in zip(group, worth, strict=True):
+            assert batch.advantages[i].tolist() == pytest.approx([(value - mean) / spread] * 10, abs=1e-2)
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True))
+
+
+def test_groups_of_a_made_up_language_rise_as_its_table_says() -> None:
+    rule = delayed_sweep.BigramPerplexity(vocab=5)
+    tokens = torch.randint(5, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids = rule(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    for row, found in zip(tokens.tolist(), ids.tolist(), strict=True):
+        likely = [float(rule.table[a, b]) for a, b in pairwise(row)]
+        for place in range(2, 11):  # the last token is alone
+            assert (found[place] > found[place - 1]) == (likely[place - 1] < likely[place - 2])
+    assert rule.table.exp().sum(1).tolist() == pytest.approx([1.0] * 5)
