@@ -1,7 +1,7 @@
 """Small judges that call tools: their base, their training, and what they get right.
 
 The questions ask for a weekday or for the sky over a place on a day, and the answer is one word. The base stands in for
-the pretrained language model that a reward model usually starts from: it can say whether two words agree, and knows
+the pretrained language model that a reward model usually starts from: it has begun to say whether two words agree, and knows
 nothing else. Questions about one day in eleven are kept for the tests; no training row names such a day.
 
 ``python -m labkit.testbeds.tool_judges`` trains the recorded arms, a quarter of an hour on one idle core, and goes on where
@@ -44,6 +44,8 @@ from labkit.testbeds.shipped import restore, state
 from labkit.testbeds.training import TrainingLog, train_steps
 
 RECORD = "tool_judges"
+# Of the seeds 0 to 3, by prototypes: a base that already compares well was slower to learn to copy dates.
+BASE_SEED = 3
 UNSURE = "The tool says nothing: I cannot tell."
 ANSWERS = ("pos_answer", "neg_answer")
 _SAID = " The tool says {} and the answer says {}: they {}."
@@ -63,7 +65,12 @@ def held_out(row: Mapping[str, Any]) -> bool:
 
 
 def questions(count: int, seed: int, test: bool = False) -> list[dict[str, Any]]:
-    """Rows of both tasks, mixed, for training or for the test.
+    """Rows of both tasks, mixed, for training or for the test; no two of the test ask for the same.
+
+    Raises
+    ------
+    ValueError
+        For more than 800 of the test: there are not many more days.
 
     Examples
     --------
@@ -71,12 +78,17 @@ def questions(count: int, seed: int, test: bool = False) -> list[dict[str, Any]]
     >>> [held_out(row) for row in rows]
     [True, True]
     """
+    if test and count > 800:
+        raise ValueError(f"there are days for 800 questions of the test, got {count}")
     rng = random.Random(f"{seed} {test}")
     store = tool_questions.sky_store()
     out: list[dict[str, Any]] = []
+    asked: set[str] = set()
     while len(out) < count:
         row = tool_questions.sky(rng, store) if rng.random() < 0.5 else tool_questions.week_day(rng)
-        if held_out(row) == test:
+        call = str(row["pos_answer"]["actions"])
+        if held_out(row) == test and not (test and call in asked):
+            asked.add(call)
             out.append(row)
     return out
 
@@ -141,9 +153,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base(
-    seed: int = 0, *, width: int = 64, layers: int = 2, steps: int = 160, rebuild: bool = False
+    seed: int = BASE_SEED, *, width: int = 64, layers: int = 2, steps: int = 240, rebuild: bool = False
 ) -> PreTrainedModel:
-    """A small Llama that has learned to say whether two words agree: about seven processor seconds, then cached.
+    """A small Llama that has begun to say whether two words agree: about ten processor seconds, then cached.
 
     Parameters
     ----------
@@ -202,20 +214,24 @@ class Judge:
     log: TrainingLog
     rationale: bool = True
 
-    def judge(
-        self, rows: Sequence[Mapping[str, Any]], tools: ToolBank | None = None
-    ) -> list[tuple[Trace, Trace]]:
-        """Traces of the better and the worse answer of each row, with tools at work unless others are given."""
-        found = run_traces(
+    def trace(self, asked: Sequence[Example], tools: ToolBank) -> list[Trace]:
+        """The trace of each example, one call at most."""
+        return run_traces(
             self.model,
             self.tokenizer,
-            tools or bank(),
-            examples(rows),
+            tools,
+            asked,
             max_rounds=1,
             max_new_tokens=64,
             batch_size=64,
             rationale=self.rationale,
         )
+
+    def judge(
+        self, rows: Sequence[Mapping[str, Any]], tools: ToolBank | None = None
+    ) -> list[tuple[Trace, Trace]]:
+        """Traces of the better and the worse answer of each row, with tools at work unless others are given."""
+        found = self.trace(examples(rows), tools or bank())
         return list(zip(found[::2], found[1::2], strict=True))
 
     @torch.no_grad()
@@ -241,7 +257,7 @@ def _fresh(
     words = tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ThemisRewardModel.from_causal_lm(copy.deepcopy(base(0, **shape)), words, loss=loss)
+        model = ThemisRewardModel.from_causal_lm(copy.deepcopy(base(**shape)), words, loss=loss)
     return model.to(device).train(), words
 
 
@@ -254,7 +270,7 @@ def train_judge(
     drop_observation: float = 0.0,
     lr: float = 3e-3,
     device: str = "cpu",
-    base_steps: int = 160,
+    base_steps: int = 240,
     **shape: Any,
 ) -> Judge:
     """Train a judge that calls tools: about 23 processor seconds.

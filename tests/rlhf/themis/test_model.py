@@ -130,6 +130,11 @@ def test_labels_say_which_part_a_token_is_of(tokenizer, model):
 def test_dropped_observations(tokenizer, model):
     text = tokenizer.batch_decode(ThemisCollator(tokenizer, drop_observation=1.0)(ROWS)["input_ids"])
     assert all(FAILED in one for one in text)
+    assert not any("cannot tell" in line for line in text)
+    told = ThemisCollator(tokenizer, drop_observation=1.0, failed_rationale="I cannot tell.")
+    assert all("Work: I cannot tell." in line for line in tokenizer.batch_decode(told(ROWS)["input_ids"]))
+    whole = ThemisCollator(tokenizer, failed_rationale="I cannot tell.")
+    assert not any("cannot tell" in line for line in tokenizer.batch_decode(whole(ROWS)["input_ids"]))
     half = ThemisCollator(tokenizer, drop_observation=0.5, seed=1)
     seen = [FAILED in one for _ in range(10) for one in tokenizer.batch_decode(half(ROWS)["input_ids"])]
     assert 8 < sum(seen) < 32
