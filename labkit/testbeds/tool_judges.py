@@ -46,6 +46,7 @@ from labkit.testbeds.training import TrainingLog, train_steps
 RECORD = "tool_judges"
 # Of the seeds 0 to 3, by prototypes: a base that already compares well was slower to learn to copy dates.
 BASE_SEED = 3
+ACTIONS = ("Calendar.week_day", "history_weather")
 UNSURE = "The tool says nothing: I cannot tell."
 ANSWERS = ("pos_answer", "neg_answer")
 _SAID = " The tool says {} and the answer says {}: they {}."
@@ -117,7 +118,7 @@ def failing_bank(share: float, seed: int = 0) -> ToolBank:
 
         return call
 
-    return ToolBank([failing(action) for action in ("Calendar.week_day", "history_weather")])
+    return ToolBank([failing(action) for action in ACTIONS])
 
 
 def contradicting_bank(rows: Sequence[Mapping[str, Any]]) -> ToolBank:
@@ -135,7 +136,16 @@ def contradicting_bank(rows: Sequence[Mapping[str, Any]]) -> ToolBank:
 
         return call
 
-    return ToolBank([lying(action) for action in ("Calendar.week_day", "history_weather")])
+    return ToolBank([lying(action) for action in ACTIONS])
+
+
+def saying_bank(words: str) -> ToolBank:
+    """Tools that say the same whatever they are asked."""
+
+    def saying(action: str) -> Any:
+        return tool(name=action)(lambda text: words)
+
+    return ToolBank([saying(action) for action in ACTIONS])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -324,10 +334,17 @@ def train_judge(
 
 
 def train_plain(
-    seed: int, *, steps: int = 600, pairs: int = 8, lr: float = 3e-3, device: str = "cpu", **shape: Any
+    seed: int,
+    *,
+    steps: int = 600,
+    pairs: int = 8,
+    lr: float = 3e-3,
+    device: str = "cpu",
+    base_steps: int = 240,
+    **shape: Any,
 ) -> Judge:
     """Train a reward model without tools, from the same base on the same pairs: question and answer in, number out."""
-    model, words = _fresh(seed, device, ThemisLoss(), **shape)
+    model, words = _fresh(seed, device, ThemisLoss(), steps=base_steps, **shape)
     rows = questions(steps * pairs, seed)
     end = words.eos_token
 

@@ -74,6 +74,7 @@ def test_a_share_of_the_calls_fails_the_same_ones_each_time():
         outcomes.append(tools.counts["failed"])
     assert outcomes[0] == outcomes[1]
     assert outcomes[0] / 600 == pytest.approx(0.2, abs=0.05)
+    assert tool_judges.saying_bank("Mist").call("history_weather", "anything") == "Mist"
     everything = tool_judges.failing_bank(1.0)
     everything.call("history_weather", "Oslo, 2023-01-01", {"question": "?", "answer": "!"})
     assert everything.counts["failed"] == 1
