@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "tokenizers": ["byte_tokenizer", "train_bpe"],
         "tara": [],
         "tara_planner": [],
+        "tara_record": [],
         "tara_rewards": [],
         "tool_questions": [],
         "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],

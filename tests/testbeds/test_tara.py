@@ -20,7 +20,7 @@ from labkit.rlhf.themis import (
     parse_actions,
     replay,
 )
-from labkit.testbeds import data, recorded, tara, tara_planner, tara_rewards
+from labkit.testbeds import data, recorded, tara, tara_planner, tara_record, tara_rewards
 from labkit.testbeds.tara import Pair
 from labkit.testbeds.tara_rewards import BradleyTerry
 
@@ -177,7 +177,7 @@ def test_misuse(monkeypatch):
         tara_rewards.judged({}, {}, ["double"])
     monkeypatch.delenv("LABKIT_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="themis: tool-augmented reward data"):
-        tara.measure()
+        tara_record.measure()
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=["week_day", "target_day", "day_difference"])
@@ -243,7 +243,7 @@ def fresh():
 def test_replay_comes_back():
     record = {(line["task"], line["action"]): line for line in recorded.read("themis")["replay"]}
     table = replay(data.find("themis"), ["calendar", "calculator"])
-    assert tara._lines(table.to_dict("records")) == [
+    assert tara_record._lines(table.to_dict("records")) == [
         record[key] for key in zip(table.task, table.action, strict=True)
     ]
 
@@ -265,7 +265,7 @@ def test_rewards_come_back(fresh):
 def test_the_calculator_is_told_the_right_number(fresh):
     record = recorded.read("themis")
     given = tara.read("calculator", "train", tara.bank(), given=True)
-    stored = tara._stored(fresh["train"]["calculator"], given)
+    stored = tara_record._stored(fresh["train"]["calculator"], given)
     assert stored == record["facts"]["calculator"]["stored"]
     assert stored["given number"] > 1.5 * stored["own number"]
     for name, pairs in (("judged", fresh["train"]["calculator"]), ("judged, given", given)):

@@ -53,7 +53,8 @@ __getattr__, __dir__, __all__ = attach(
         "judge": ["calibrate_judge", "calibrate_leaderboard"],
         "multi": ["MultiFeatureCalibrator"],
         "online": ["RunningLowess"],
-        "plots": ["bias_figure", "flips_figure", "leaderboard_figure"],
+        "moving_board": ["leaderboard_figure"],
+        "plots": ["bias_figure", "flips_figure"],
         "report": [
             "Flips",
             "RewardBenchReport",
