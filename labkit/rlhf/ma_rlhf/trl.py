@@ -21,7 +21,7 @@ from labkit.rlhf.segments import broadcast_segments, check_segments, segment_red
 try:
     from trl import GRPOTrainer
 except ImportError:
-    raise ImportError("MacroGRPOTrainer needs trl: pip install 'labkit[finetuning]'") from None
+    raise ImportError("MacroGRPOTrainer needs trl: pip install 'labkit[rlhf]'") from None
 
 
 class MacroGRPOTrainer(GRPOTrainer):

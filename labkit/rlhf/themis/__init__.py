@@ -49,7 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "replaying": ["load_tara", "replay"],
         "search": ["BM25", "BM25Search"],
         "stores": ["Translator", "WeatherCache"],
-        "traces": ["SPECIAL_TOKENS", "Step", "Trace", "TraceFormat", "parse_actions"],
+        "traces": ["SPECIAL_TOKENS", "Example", "Step", "Trace", "TraceFormat", "parse_actions"],
         "trainer": ["ThemisTrainer"],
         "tracing": ["run_trace", "run_traces"],
     },
