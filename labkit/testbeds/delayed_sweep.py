@@ -3,8 +3,8 @@
 ``python -m labkit.testbeds.delayed_sweep`` takes twelve minutes on one idle core. The record is written after each run,
 so that a sweep that was stopped goes on where it was; ``--fresh`` begins anew.
 
-The record's environment is that of the arms added last, "n = 2" and those after it. Where rounding differs, as between
-builds of the libraries, most runs part after some dozens of updates, and from there on agree in their means over seeds only.
+Where rounding differs, as between builds of the libraries, most runs part after some dozens of updates, and from there on
+agree in their means over seeds only.
 
 All arms share one recipe. Its rate, 0.003, is PPO's: of 0.0015, 0.003 and 0.006, on seeds 100 and 101. The comparison
 of answers as in GRPO was tuned over the same three, on the same seeds: a mean score over 100 updates of 2.43, 3.03 and
