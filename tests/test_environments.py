@@ -40,6 +40,7 @@ OPTIONAL = {
     "nbval",
     "playwright",
     "triton",
+    "trl",
 }
 CONDA_NAMES = {"pytorch-cpu": "torch", "pytorch": "torch"}
 

@@ -233,7 +233,7 @@ class Judge:
             asked,
             max_rounds=1,
             max_new_tokens=64,
-            batch_size=64,
+            batch_size=256,
             rationale=self.rationale,
         )
 
@@ -341,11 +341,14 @@ def train_plain(
     lr: float = 3e-3,
     device: str = "cpu",
     base_steps: int = 240,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     **shape: Any,
 ) -> Judge:
-    """Train a reward model without tools, from the same base on the same pairs: question and answer in, number out."""
+    """Train a reward model without tools, from the same base on the same pairs (or on `rows`): question and answer in,
+    number out.
+    """
     model, words = _fresh(seed, device, ThemisLoss(), steps=base_steps, **shape)
-    rows = questions(steps * pairs, seed)
+    rows = rows or questions(steps * pairs, seed)
     end = words.eos_token
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -133,6 +133,17 @@ def test_training_moves_a_judge_and_depends_on_its_seed_alone():
 
 
 @pytest.mark.slow
+def test_the_plain_reward_model_learns_what_the_wording_tells():
+    """It guesses on our questions for want of a cue, not for want of learning."""
+    rows = tool_judges.questions(400, seed=10)
+    for row in rows:
+        row["pos_answer"] = row["pos_answer"] | {"answer": "It is Monday."}
+        row["neg_answer"] = row["neg_answer"] | {"answer": "It is Mist."}
+    made = tool_judges.train_plain(0, steps=50, pairs=8, rows=rows)
+    assert tool_judges.accuracy(made.score_plain(rows[:50])) == 1.0
+
+
+@pytest.mark.slow
 def test_the_plain_reward_model_is_trained_on_text_alone():
     made = tool_judges.train_plain(0, steps=8, pairs=2, base_steps=0)
     rows = tool_judges.questions(4, seed=9, test=True)

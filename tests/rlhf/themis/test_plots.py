@@ -43,9 +43,9 @@ def test_rewards_are_those_of_the_texts_one_by_one():
     assert found.shape == (2, len(STAGES))
     for trace, row in zip(traces, found, strict=True):
         for text, value in zip(stage_texts(trace), row, strict=True):
-            ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt", add_special_tokens=False)[
-                "input_ids"
-            ]
+            ids = tokenizer(
+                text + (tokenizer.eos_token or ""), return_tensors="pt", add_special_tokens=False
+            )["input_ids"]
             with torch.no_grad():
                 assert float(model(ids).rewards[0]) == pytest.approx(float(value), abs=1e-4)
 
