@@ -30,6 +30,7 @@ __getattr__, __dir__, __all__ = attach(
         "tara_planner": [],
         "tara_record": [],
         "tara_rewards": [],
+        "tool_judges": ["train_judge"],
         "tool_questions": [],
         "stdlib_tasks": ["ClassificationTask", "StdlibTasks"],
         "training": [

@@ -26,6 +26,7 @@ from labkit.rlhf.themis import (
     load_tara,
     parse_actions,
 )
+from labkit.rlhf.themis.replaying import ANSWERS
 from labkit.testbeds import data
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
 
 #: Tasks that come with training pairs and a tool that runs here.
 TASKS = ("calendar", "calculator", "weather", "code", "multi_tools")
-ANSWERS = ("pos_answer", "neg_answer")
 FINAL = re.compile(r"####.*", re.DOTALL)
 _VALUE = re.compile(r"\['(.*?)'\]|(?<!\d)(-?\d+\.\d+(?:\([A-Za-z]+\))?)")
 
@@ -121,10 +121,7 @@ def read(task: str, part: str, tools: ToolBank, given: bool = False) -> list[Pai
         better, worse = row["pos_answer"], row["neg_answer"]
         if given and task == "calculator":
             worse = {**worse, "answer": with_final(worse["answer"], better["answer"])}
-        sides = [
-            observe(task, {**row, "neg_answer": worse}, which, tools)
-            for which in ("pos_answer", "neg_answer")
-        ]
+        sides = [observe(task, {**row, "neg_answer": worse}, which, tools) for which in ANSWERS]
         out.append(Pair(task, row["question"], (better["answer"], worse["answer"]), (sides[0], sides[1])))
     return out
 

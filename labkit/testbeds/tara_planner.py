@@ -27,10 +27,11 @@ from labkit.rlhf.themis import (
     parse_actions,
     run_traces,
 )
+from labkit.rlhf.themis.replaying import ANSWERS
 from labkit.testbeds import data
-from labkit.testbeds.tara import ANSWERS, Pair
+from labkit.testbeds.tara import Pair
 from labkit.testbeds.tara_rewards import BradleyTerry
-from labkit.testbeds.tool_questions import word_tokenizer
+from labkit.testbeds.tool_questions import DAYS, word_tokenizer
 from labkit.testbeds.training import train_steps
 
 __all__ = ["SEEDS", "STEPS", "anew", "measure", "planner", "train", "tried"]
@@ -39,7 +40,6 @@ SEEDS = (0, 1, 2)
 STEPS = 800
 #: Texts a step: a better and a worse answer to each of 16 questions.
 BATCH = 32
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 #: What the released training questions span.
 FIRST, LAST, FARTHEST = datetime.date(2000, 1, 1), datetime.date(2022, 12, 31), 364
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")

@@ -18,8 +18,9 @@ import torch
 
 from labkit.lab.bench import environment
 from labkit.rlhf.themis import load_tara, parse_actions, replay
+from labkit.rlhf.themis.replaying import ANSWERS
 from labkit.testbeds import data, recorded, tara_planner, tara_rewards
-from labkit.testbeds.tara import ANSWERS, FINAL, TASKS, Pair, bank, read
+from labkit.testbeds.tara import FINAL, TASKS, Pair, bank, read
 
 
 def _facts(pairs: Sequence[Pair]) -> dict[str, float]:

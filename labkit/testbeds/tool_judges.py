@@ -3,14 +3,10 @@
 The questions ask for a weekday or for the sky over a place on a day, and the answer is one word. The base stands in for
 the pretrained language model that a reward model usually starts from: it has begun to say whether two words agree, and knows
 nothing else. Questions about one day in eleven are kept for the tests; no training row names such a day.
-
-``python -m labkit.testbeds.tool_judges`` trains the recorded arms, a quarter of an hour on one idle core, and goes on where
-it was stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import datetime
 import random
@@ -23,7 +19,6 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from labkit.lab.bench import environment
 from labkit.lab.cache import cached
 from labkit.rlhf import (
     Calendar,
@@ -37,18 +32,17 @@ from labkit.rlhf import (
     tool,
 )
 from labkit.rlhf.themis.losses import ranking_loss
+from labkit.rlhf.themis.replaying import ANSWERS
 from labkit.rlhf.themis.traces import Example, Trace, parse_actions
-from labkit.testbeds import recorded, tool_questions
+from labkit.testbeds import tool_questions
 from labkit.testbeds.models import tiny
 from labkit.testbeds.shipped import restore, state
 from labkit.testbeds.training import TrainingLog, train_steps
 
-RECORD = "tool_judges"
 # Of the seeds 0 to 3, by prototypes: a base that already compares well was slower to learn to copy dates.
 BASE_SEED = 3
 ACTIONS = ("Calendar.week_day", "history_weather")
 UNSURE = "The tool says nothing: I cannot tell."
-ANSWERS = ("pos_answer", "neg_answer")
 _SAID = " The tool says {} and the answer says {}: they {}."
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _PLAIN = TraceFormat()
@@ -244,20 +238,10 @@ class Judge:
         found = self.trace(examples(rows), tools or bank())
         return list(zip(found[::2], found[1::2], strict=True))
 
-    @torch.no_grad()
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """Rewards of texts as they stand."""
-        batch = self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        )
-        device = self.model.device
-        return self.model(batch["input_ids"].to(device), batch["attention_mask"].to(device)).rewards.tolist()
-
     def score_plain(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
         """Rewards of the better and the worse answer from question and answer alone."""
-        end = self.tokenizer.eos_token
-        texts = [_PLAIN.plain(item.question, item.answer) + end for item in examples(rows)]
-        found = self.score(texts)
+        texts = [_PLAIN.plain(item.question, item.answer) for item in examples(rows)]
+        found = self.model.score_texts(self.tokenizer, texts).tolist()
         return list(zip(found[::2], found[1::2], strict=True))
 
 
@@ -324,8 +308,7 @@ def train_judge(
         return out.loss, {name: float(out[name].detach()) for name in parts}
 
     log = TrainingLog(notes={"parts": []})
-    rising = 0.3
-    course = train_steps(model, batches(), steps, lr=lr, warmup=rising, weight_decay=0.01, loss=both)  # type: ignore[arg-type]
+    course = train_steps(model, batches(), steps, lr=lr, warmup=0.3, weight_decay=0.01, loss=both)  # type: ignore[arg-type]
     for step in course:
         log.losses.append(step.loss)
         log.notes["parts"].append(step.extra)
@@ -398,52 +381,3 @@ def accuracy(judged: Sequence[tuple[Trace, Trace]] | Sequence[tuple[float, float
         low = worse.reward if isinstance(worse, Trace) else worse
         right += high is not None and low is not None and high > low
     return right / len(judged)
-
-
-SEEDS = (0, 1, 2)
-ARMS: dict[str, dict[str, Any]] = {
-    "all": {},
-    "no observation loss": {"loss": ThemisLoss(form="paper", beta=0.0)},
-    "no rationale": {"loss": ThemisLoss(form="paper", omega=0.0)},
-    "authors' weights": {"loss": ThemisLoss(form="code")},
-    "failures in training": {"drop_observation": 0.2},
-    "no base": {"base_steps": 0},
-}
-FAILING = 0.2
-
-
-def measure(arm: str, seed: int, tests: int = 150) -> dict[str, float]:
-    """Train an arm and measure it on held-out questions.
-
-    Returns
-    -------
-    dict
-        ``calls`` and ``accuracy`` with all tools at work, and ``failing``, the accuracy with a fifth of the calls failing.
-    """
-    rows = questions(tests, seed, test=True)
-    trained = train_judge(seed, **ARMS[arm])
-    judged = trained.judge(rows)
-    failing = trained.judge(rows, failing_bank(FAILING, seed))
-    found = {"calls": exact_calls(rows, judged), "accuracy": accuracy(judged), "failing": accuracy(failing)}
-    return {name: round(value, 4) for name, value in found.items()}
-
-
-def main() -> None:
-    """Train what the record lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
-    fresh = parser.parse_args().fresh
-    torch.set_num_threads(1)
-    record: dict[str, dict[str, dict[str, float]]] = {}
-    if not fresh and (recorded.FOLDER / f"{RECORD}.json").is_file():
-        record = recorded.read(RECORD)["arms"]
-    for arm in ARMS:
-        for seed in SEEDS:
-            if str(seed) not in record.setdefault(arm, {}):
-                record[arm][str(seed)] = measure(arm, seed)
-                recorded.write(RECORD, {"arms": record}, environment())
-                print(arm, seed, record[arm][str(seed)], flush=True)
-
-
-if __name__ == "__main__":
-    main()

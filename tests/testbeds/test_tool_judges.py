@@ -9,7 +9,7 @@ import torch
 
 from labkit.rlhf import ThemisLoss
 from labkit.rlhf.themis import Trace, parse_actions
-from labkit.testbeds import recorded, tool_judges
+from labkit.testbeds import recorded, tool_judges, tool_judges_sweep
 from labkit.testbeds.tool_questions import DAYS, SKIES
 
 
@@ -148,13 +148,15 @@ def test_the_plain_reward_model_is_trained_on_text_alone():
     made = tool_judges.train_plain(0, steps=8, pairs=2, base_steps=0)
     rows = tool_judges.questions(4, seed=9, test=True)
     scores = made.score_plain(rows)
-    again = made.score([f"Question: {rows[0]['question']}\nAnswer: {rows[0]['pos_answer']['answer']}</s>"])
+    asked, said = rows[0]["question"], rows[0]["pos_answer"]["answer"]
+    ids = made.tokenizer(f"Question: {asked}\nAnswer: {said}</s>", return_tensors="pt")["input_ids"]
+    again = made.model(ids).rewards.tolist()
     assert scores[0][0] == pytest.approx(again[0], abs=1e-5)
 
 
 def test_the_record_holds_every_arm_and_seed():
-    arms = recorded.read(tool_judges.RECORD)["arms"]
-    assert set(arms) == set(tool_judges.ARMS)
+    arms = recorded.read(tool_judges_sweep.RECORD)["arms"]
+    assert set(arms) == set(tool_judges_sweep.ARMS)
     for seeds in arms.values():
-        assert set(seeds) == {str(seed) for seed in tool_judges.SEEDS}
+        assert set(seeds) == {str(seed) for seed in tool_judges_sweep.SEEDS}
         assert all(set(found) == {"calls", "accuracy", "failing"} for found in seeds.values())

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from labkit._plotly import graph_objects
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
 def _figure(title: str, x: str, y: str, **layout: Any) -> go.Figure:
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
+    go = graph_objects()
     return go.Figure(layout={"title": title, "xaxis": {"title": x}, "yaxis": {"title": y}, **layout})
 
 

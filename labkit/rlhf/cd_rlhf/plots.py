@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from labkit._plotly import graph_objects
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -44,10 +46,7 @@ def paid_map(
     >>> list(figure.data[0].text[0]), figure.layout.title.text
     (['good', 'day'], '<b>Which words does curiosity pay?</b>')
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
+    go = graph_objects()
     values = np.asarray(paid.detach().float().cpu() if hasattr(paid, "detach") else paid, dtype=float)
     width = values.shape[1]
     if len(values) != len(answers):

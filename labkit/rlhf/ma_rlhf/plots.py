@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from labkit._plotly import graph_objects
 from labkit.rlhf.advantages import macro_gae
 from labkit.rlhf.segments import token_segments
 
@@ -85,10 +86,7 @@ def credit_map(
     >>> figure.data[1].z
     ([0.125, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0])
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
+    go = graph_objects()
     if segments.shape != (len(words),) or not len(words):
         raise ValueError(
             f"segments must be ({len(words)},), one id for each word; got {tuple(segments.shape)}"

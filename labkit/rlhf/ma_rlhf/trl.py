@@ -46,8 +46,22 @@ class MacroGRPOTrainer(GRPOTrainer):
 
     Examples
     --------
-    >>> issubclass(MacroGRPOTrainer, GRPOTrainer)  # MacroGRPOTrainer(model, reward, args, rows, segmenter=FixedNgram(5))
-    True
+    >>> import tempfile
+    >>> from datasets import Dataset
+    >>> from transformers import PrinterCallback
+    >>> from trl import GRPOConfig
+    >>> from labkit.rlhf import FixedNgram
+    >>> from labkit.testbeds.models import tiny
+    >>> from labkit.testbeds.tool_questions import word_tokenizer
+    >>> words = word_tokenizer(["0123456789+="])
+    >>> rows = Dataset.from_list([{"prompt": "1+2="}] * 2)
+    >>> args = GRPOConfig(tempfile.mkdtemp(), max_steps=1, num_generations=2, per_device_train_batch_size=2,
+    ...                   max_completion_length=4, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
+    >>> policy, reward = tiny("llama", vocab=len(words)), lambda completions, **_: [float(len(c)) for c in completions]
+    >>> trainer = MacroGRPOTrainer(policy, reward, args, rows, processing_class=words, segmenter=FixedNgram(2))
+    >>> trainer.remove_callback(PrinterCallback)
+    >>> trainer.train().global_step
+    1
     """
 
     def __init__(self, *args: Any, segmenter: Callable[..., Tensor], **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata, spearmanr
 
+from labkit._plotly import graph_objects
 from labkit.rlhf.reward_calibration.judge import calibrate_leaderboard
 
 if TYPE_CHECKING:
@@ -75,10 +76,7 @@ def leaderboard_figure(
     >>> raw < half
     True
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
+    go = graph_objects()
     rates, c = np.asarray(win_rates, dtype=float), np.asarray(lengths, dtype=float)
     known = {name: np.asarray(values, dtype=float) for name, values in references.items()}
     if not known:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from labkit._plotly import graph_objects
 from labkit.rlhf.reward_calibration.smoothers import Array
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ def bias_figure(
     >>> list(figure.data[0].y), figure.layout.yaxis.title.text
     ([0.0, 1.0], 'score')
     """
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
+    go = graph_objects()
     defaults = {
         "title": "<b>What does the reward pay for length?</b>",
         "xaxis": {"title": "length of the answer"},

@@ -44,6 +44,18 @@ class ThemisCollator:
     -------
     dict of str to Tensor
         ``input_ids``, ``attention_mask``, ``labels``, ``parts``, each (2B, T), padded on the left.
+
+    Examples
+    --------
+    >>> from labkit.rlhf import ThemisRewardModel
+    >>> from labkit.testbeds.models import tiny
+    >>> from labkit.testbeds.tokenizers import byte_tokenizer
+    >>> from labkit.testbeds.tool_questions import rows
+    >>> tokenizer = byte_tokenizer()
+    >>> model = ThemisRewardModel.from_causal_lm(tiny("llama", vocab=len(tokenizer)), tokenizer)
+    >>> batch = ThemisCollator(tokenizer)(rows("week_day", 2))
+    >>> len(batch["input_ids"]), bool(model(**batch).loss > 0)
+    (4, True)
     """
 
     tokenizer: Any

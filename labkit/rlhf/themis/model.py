@@ -230,6 +230,56 @@ class ThemisRewardModel(nn.Module):
         )
         return self._pooled(out.hidden_states[-1], new)
 
+    def score_texts(self, tokenizer: Any, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        """Rewards of texts as they stand, with the end-of-text token behind each and nothing generated.
+
+        Parameters
+        ----------
+        tokenizer
+            As `from_causal_lm` left it.
+        texts : sequence of str
+            B of them, such as ``TraceFormat().plain(question, answer)`` or the ``text`` of a `Trace`.
+        batch_size : int
+            Texts that are read at a time.
+
+        Returns
+        -------
+        Tensor
+            (B,).
+
+        Raises
+        ------
+        ValueError
+            For no text, or a tokenizer that lacks the three tokens or does not belong to the model.
+
+        Examples
+        --------
+        >>> from labkit.rlhf import TraceFormat
+        >>> from labkit.testbeds.models import tiny
+        >>> from labkit.testbeds.tokenizers import byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> model = ThemisRewardModel.from_causal_lm(tiny("llama", vocab=len(tokenizer)), tokenizer)
+        >>> model.score_texts(tokenizer, [TraceFormat().plain("6 times 7?", said) for said in ("42", "41")]).shape
+        torch.Size([2])
+        """
+        self.check_tokenizer(tokenizer)
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        whole = [text + (tokenizer.eos_token or "") for text in texts]
+        found = []
+        for begin in range(0, len(whole), batch_size):
+            batch = tokenizer(
+                whole[begin : begin + batch_size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+            )
+            found.append(
+                self.score(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
+            )
+        return torch.cat(found)
+
     def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(self.v_head.weight.dtype)  # (B, T, D)
         if self.pooling == "mean":

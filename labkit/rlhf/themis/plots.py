@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from labkit._plotly import graph_objects
 from labkit.rlhf.themis.traces import OBSERVATION, TOOL, WORK, Trace
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def stage_texts(trace: Trace) -> list[str]:
     return [text[: min(ends[i:])] for i in range(3)] + [text]
 
 
-@torch.no_grad()
 def stage_rewards(model: Any, tokenizer: Any, traces: Sequence[Trace], batch_size: int = 128) -> torch.Tensor:
     """Rewards as if the judge had to stop after each of `STAGES`.
 
@@ -55,27 +55,8 @@ def stage_rewards(model: Any, tokenizer: Any, traces: Sequence[Trace], batch_siz
     Tensor
         ``(N, 4)``, float32, on the CPU.
     """
-    texts = [text + (tokenizer.eos_token or "") for trace in traces for text in stage_texts(trace)]
-    found = []
-    for begin in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[begin : begin + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        )
-        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        found.append(model.score(ids, mask).float().cpu())
-    return torch.cat(found).view(len(traces), len(STAGES))
-
-
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise ImportError("figures need plotly: pip install 'labkit[notebooks]'") from None
-    return go
+    texts = [text for trace in traces for text in stage_texts(trace)]
+    return model.score_texts(tokenizer, texts, batch_size).float().cpu().view(len(traces), len(STAGES))
 
 
 def pairs_figure(better: Sequence[float], worse: Sequence[float], title: str, **layout: Any) -> go.Figure:
@@ -95,7 +76,7 @@ def pairs_figure(better: Sequence[float], worse: Sequence[float], title: str, **
     >>> figure.layout.title.text
     '<b>Who wins?</b><br><span style="font-size:13px">50% of the pairs in the right order</span>'
     """
-    go = _plotly()
+    go = graph_objects()
     if len(better) != len(worse) or not len(better):
         raise ValueError(
             f"{len(better)} rewards of better and {len(worse)} of worse answers; pairs are needed"
@@ -134,7 +115,7 @@ def stages_figure(
     >>> len(stages_figure([0.1, 0.1, 0.9, 2.0], [0.1, 0.1, 0.2, -2.0]).data)
     2
     """
-    go = _plotly()
+    go = graph_objects()
     defaults = {
         "title": f"<b>{title}</b>",
         "xaxis": {"title": "the trace up to"},

@@ -177,6 +177,18 @@ def run_traces(
         three tokens or does not belong to the model.
     TypeError
         For an example that is neither.
+
+    Examples
+    --------
+    >>> from labkit.rlhf import Calendar, ThemisRewardModel, ToolBank
+    >>> from labkit.testbeds.models import tiny
+    >>> from labkit.testbeds.tokenizers import byte_tokenizer
+    >>> tokenizer = byte_tokenizer()
+    >>> model = ThemisRewardModel.from_causal_lm(tiny("llama", vocab=len(tokenizer)), tokenizer)
+    >>> asked = [("Which weekday is 2016-05-22?", answer) for answer in ("Sunday.", "Friday.")]
+    >>> traces = run_traces(model, tokenizer, ToolBank([Calendar()]), asked, max_new_tokens=8)
+    >>> [isinstance(trace.reward, float) for trace in traces]
+    [True, True]
     """
     special = model.check_tokenizer(tokenizer)
     if max_rounds < 1 or max_new_tokens < 1 or batch_size < 1:

@@ -23,6 +23,21 @@ class ThemisTrainer(Trainer):
     data_collator : ThemisCollator
     **kwargs
         Further arguments of ``Trainer``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from transformers import PrinterCallback, TrainingArguments
+    >>> from labkit.testbeds.models import tiny
+    >>> from labkit.testbeds.tokenizers import byte_tokenizer
+    >>> from labkit.testbeds.tool_questions import rows
+    >>> tokenizer = byte_tokenizer()
+    >>> model = ThemisRewardModel.from_causal_lm(tiny("llama", vocab=len(tokenizer)), tokenizer)
+    >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    >>> trainer = ThemisTrainer(model, args, ThemisCollator(tokenizer), train_dataset=rows("calendar", 8))
+    >>> trainer.remove_callback(PrinterCallback)
+    >>> trainer.train().global_step
+    1
     """
 
     def __init__(
