@@ -28,12 +28,15 @@ def bias_figure(
     """
     go = graph_objects()
     defaults = {
-        "title": "<b>What does the reward pay for length?</b>",
+        "title": "What does the reward pay for length?",
         "xaxis": {"title": "length of the answer"},
         "yaxis": {"title": "reward"},
         "showlegend": False,
     }
     figure = go.Figure(layout={**defaults, **layout})
+    title = figure.layout.title.text
+    if title and not title.startswith("<b>"):
+        figure.layout.title.text = f"<b>{title}</b>"
     if points is not None:
         chosen = np.linspace(0, len(points[0]) - 1, min(_MOST, len(points[0]))).astype(int)
         figure.add_scatter(
