@@ -15,6 +15,7 @@ from labkit.rlhf.actor_critic import ActorCritic
 from labkit.rlhf.advantages import gae, macro_gae, whiten
 from labkit.rlhf.config import PPOConfig
 from labkit.rlhf.logprobs import plain, sequence_stats
+from labkit.rlhf.positions import check_length
 from labkit.rlhf.prompts import Prompts, end_tokens, pad_token
 from labkit.rlhf.reference import Reference
 from labkit.rlhf.rewards import AdaptiveKL, call_reward, kl_penalty, name_of, token_rewards
@@ -115,12 +116,12 @@ class Collector:
         config, device = self.config, self.processes.device
         ids, prompts, columns = self.prompts.rows(iteration, first, last)
         prompt_ids, prompt_mask = left_pad(ids, self.pad, device)
-        limit = getattr(plain(self.model.policy).config.get_text_config(), "max_position_embeddings", None)
-        if limit and prompt_ids.shape[1] + config.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {prompt_ids.shape[1]} tokens and max_new_tokens={config.max_new_tokens} pass the "
-                f"model's {limit} positions: shorten one of them"
-            )
+        check_length(
+            prompt_ids.shape[1] + config.max_new_tokens,
+            plain(self.model.policy),
+            f"a prompt of {prompt_ids.shape[1]} and max_new_tokens={config.max_new_tokens}, together a text",
+            "shorten one of them",
+        )
         rows = list(range(first, last))
         with self._timed("generate"):
             response = generate_responses(

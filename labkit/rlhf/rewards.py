@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.rlhf.positions import check_length
+
 Reward = Callable[..., Any]
 
 
@@ -237,12 +239,13 @@ class RewardModel:
     batch_size : int
         Responses at a time.
     max_length : int, optional
-        Longer texts lose their beginning.
+        Longer texts lose their beginning. Without it a text that the model has no positions for is an error.
 
     Raises
     ------
     TypeError, ValueError
-        When the model has more than one label, or the batch size is below 1.
+        When the model has more than one label, the batch size is below 1, or a text is longer than the model's
+        positions.
 
     Examples
     --------
@@ -345,6 +348,12 @@ class RewardModel:
                 rows.append(list(self.processing_class(text, add_special_tokens=special)["input_ids"]))
         if self.max_length is not None:
             rows = [row[-self.max_length :] for row in rows]
+        check_length(
+            max(map(len, rows), default=0),
+            self.model,
+            "a prompt with its answer",
+            "max_length= cuts beginnings off",
+        )
         return rows
 
 

@@ -646,7 +646,7 @@ def test_bad_rewards_are_named_with_their_index() -> None:
         made = trainer(token_rewards=[hook])
         with pytest.raises(ValueError, match=match):
             made.collect(0)
-    with pytest.raises(ValueError, match="pass the model's 8 positions"):
+    with pytest.raises(ValueError, match="passes the 8 positions"):
         trainer(policy(max_position_embeddings=8)).collect(0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from labkit.lab.cache import write_atomic
+from labkit.rlhf.positions import check_length
 from labkit.rlhf.reward_calibration import features as feature_functions
 from labkit.rlhf.reward_calibration.checks import Array
 from labkit.rlhf.reward_calibration.features import char_length, markdown_count, text_of, token_length
@@ -351,11 +352,7 @@ class CalibratedRewardModel:
                 else list(completion)
             )
             ids = self.tokenizer.apply_chat_template([*prompt, *answer], tokenize=True, return_dict=False)
-        longest = getattr(self.rm.config, "max_position_embeddings", None)
-        if longest and len(ids) > longest:
-            raise ValueError(
-                f"a text of {len(ids)} tokens is longer than the reward model reads ({longest}); shorten it"
-            )
+        check_length(len(ids), self.rm, "a prompt with its answer", "shorten it")
         return list(ids)
 
 

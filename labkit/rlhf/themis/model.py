@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
+from labkit.rlhf.positions import check_length
 from labkit.rlhf.themis.losses import ThemisLoss, ranking_loss
 from labkit.rlhf.themis.traces import SPECIAL_TOKENS, Example, Trace, token_ids
 from labkit.rlhf.themis.tracing import run_traces
@@ -140,7 +141,8 @@ class ThemisRewardModel(nn.Module):
         Raises
         ------
         ValueError
-            With labels, for an odd batch; for a row without an attended token.
+            With labels, for an odd batch; for a row without an attended token, or with more than the model has
+            positions for.
         """
         if labels is not None and len(input_ids) % 2:
             raise ValueError(
@@ -154,6 +156,12 @@ class ThemisRewardModel(nn.Module):
                 f"attention_mask {tuple(attention_mask.shape)} is not like {tuple(input_ids.shape)}"
             )
         _attended(attention_mask)
+        check_length(
+            int(attention_mask.sum(1).max()),
+            self.causal_lm,
+            "a text with its trace",
+            "ThemisCollator(max_length=) cuts beginnings off",
+        )
         if "position_ids" not in kwargs and _takes(self.causal_lm, "position_ids"):
             kwargs["position_ids"] = _positions(attention_mask)
         out = self.causal_lm(
@@ -202,7 +210,8 @@ class ThemisRewardModel(nn.Module):
         ------
         ValueError
             With a cache and pooling ``mean``, which needs the hidden states of all tokens; for a mask of another width
-            than cached and new tokens together; for a row without an attended token among the new ones.
+            than cached and new tokens together; for a row without an attended token among the new ones, or with more
+            than the model has positions for.
         """
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if past and self.pooling == "mean":
@@ -214,6 +223,7 @@ class ThemisRewardModel(nn.Module):
             )
         new = attention_mask[:, past:]
         _attended(new)
+        check_length(int(attention_mask.sum(1).max()), self.causal_lm, "a text", "shorten it")
         more: dict[str, Any] = {}
         if _takes(self.causal_lm, "position_ids"):
             more["position_ids"] = _positions(attention_mask)[:, past:]
@@ -250,7 +260,8 @@ class ThemisRewardModel(nn.Module):
         Raises
         ------
         ValueError
-            For no text, or a tokenizer that lacks the three tokens or does not belong to the model.
+            For no text, a text longer than the model's positions, or a tokenizer that lacks the three tokens or does
+            not belong to the model.
 
         Examples
         --------

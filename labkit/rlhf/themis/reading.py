@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from labkit.rlhf.positions import longest_input
+
 
 class Judge(Protocol):
     """What traces need of a reward model."""
@@ -79,32 +81,81 @@ class Reader:
     def __init__(self, model: Judge, tokenizer: Any, reuse: bool, options: Mapping[str, Any]) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, dict(options)
         self.reuse = reuse
+        self.limit = longest_input(model)
         self._kept: _Kept | None = None
 
-    def write(self, texts: Mapping[int, str]) -> dict[int, str]:
-        """What the model writes behind each text."""
+    def check(self, texts: Mapping[int, str]) -> None:
+        """Raise where a text leaves the model no room to write.
+
+        Raises
+        ------
+        ValueError
+            Naming the text by its number.
+        """
+        for name, room in self._room(texts).items():
+            if room < 1:
+                assert self.limit is not None
+                raise ValueError(
+                    f"question and answer {name} have {self.limit - room} tokens with what stands around them, and the "
+                    f"model {self.limit} positions: shorten them"
+                )
+
+    def write(self, texts: Mapping[int, str]) -> dict[int, str | None]:
+        """What the model writes behind each text; None where its positions end before it does."""
+        room = self._room(texts)
+        short = {name: left for name, left in room.items() if left < self.options["max_new_tokens"]}
+        said: dict[int, str | None] = {}
+        roomy = {name: text for name, text in texts.items() if name not in short}
+        if roomy:
+            said |= self._together(roomy)
+        for name, left in short.items():
+            said[name] = self._at_the_end(texts[name], left) if left > 0 else None
+        return said
+
+    def _room(self, texts: Mapping[int, str]) -> dict[int, int]:
+        """Tokens that may still be written behind each text, the end-of-text token among them."""
+        if self.limit is None:
+            return {}
+        lengths = map(len, self.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"])
+        return {name: self.limit - length for name, length in zip(texts, lengths, strict=True)}
+
+    def _together(self, texts: Mapping[int, str]) -> dict[int, str]:
         names = list(texts)
         ids, mask, tokens = self._encode(list(texts.values()))
         width = ids.shape[1]
         past = self._take(names, tokens)
         self._kept = None  # what a round has read replaces what was kept
         more = {} if past is None else {"past_key_values": past}
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **more, **self.options
-        )
+        out = self._generate(ids, mask, **more)
         sequences = out.sequences
         if self.reuse:
             self._keep(
                 names, getattr(out, "past_key_values", None), sequences, [width - len(t) for t in tokens]
             )
+        return dict(zip(names, self._decoded(sequences[:, width:]), strict=True))
+
+    def _at_the_end(self, text: str, room: int) -> str | None:
+        """As `_together`, for a text that has less room than a round may need: a batch would cut the others short."""
+        ids, mask, _ = self._encode([text])
+        new = self._generate(ids, mask, max_new_tokens=room).sequences[:, ids.shape[1] :]
+        ended = int(new[0, -1]) in self.options["eos_token_id"]
+        return self._decoded(new)[0] if ended or new.shape[1] < room else None
+
+    def _generate(self, ids: Tensor, mask: Tensor, **more: Any) -> Any:
+        options = {**self.options, **more}
+        return self.model.generate(
+            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **options
+        )
+
+    def _decoded(self, new: Tensor) -> list[str]:
+        """Text up to its end; marks stay in it."""
         ends = [token for token in (self.tokenizer.eos_token, self.tokenizer.pad_token) if token]
-        said = {}
-        written = self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=False)
-        for name, text in zip(names, written, strict=True):
+        out = []
+        for text in self.tokenizer.batch_decode(new, skip_special_tokens=False):
             for token in ends:
                 text = text.partition(token)[0]
-            said[name] = text
-        return said
+            out.append(text)
+        return out
 
     def score(self, texts: Mapping[int, str]) -> dict[int, float]:
         """The reward of each text with the end-of-text token behind it."""
@@ -112,7 +163,12 @@ class Reader:
             return {}
         end = self.tokenizer.eos_token or ""
         ids, mask, tokens = self._encode([text + end for text in texts.values()])
-        past = self._take(list(texts), tokens) if self.model.pooling == "last" else None
+        if (
+            self.limit is not None and ids.shape[1] > self.limit
+        ):  # padded on the left: only what is too long loses
+            ids, mask, past = ids[:, -self.limit :], mask[:, -self.limit :], None
+        else:
+            past = self._take(list(texts), tokens) if self.model.pooling == "last" else None
         new = _new(ids, past)
         rewards = self.model.score(ids[:, -new:], mask, past)
         return dict(zip(texts, rewards.tolist(), strict=True))

@@ -126,8 +126,9 @@ class Trace:
     text : str
         The whole text, from the question to the rationale.
     finished : str
-        ``work`` (with a rationale), ``malformed`` (neither an action nor an end could be read), or ``rounds`` (all
-        rounds were used for calls).
+        ``work`` (with a rationale), ``malformed`` (neither an action nor an end could be read), ``rounds`` (all
+        rounds were used for calls), or ``length`` (the model had no positions left; the reward is of the last tokens
+        that it has positions for).
     """
 
     steps: tuple[Step, ...] = ()

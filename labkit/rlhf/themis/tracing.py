@@ -89,6 +89,10 @@ class _Running:
         if not self.form.rationale and self.steps and not self.finished and not self.steps[-1].action:
             self.finished = "work"
 
+    def hear_nothing(self) -> None:
+        """The model cannot read or write on."""
+        self.finished = "length"
+
     def stop_calling(self) -> None:
         """All rounds are used: only the rationale may follow."""
         if not self.form.rationale:
@@ -142,7 +146,8 @@ def run_traces(
     """Judge answers with tools, a batch at a time.
 
     In each round every unfinished trace of the batch is continued up to the next observation or the end; calls are
-    carried out in between. A trace that has used its rounds is asked for its rationale only.
+    carried out in between. A trace that has used its rounds is asked for its rationale only. One that outgrows the
+    model's positions ends there (``finished="length"``).
 
     Parameters
     ----------
@@ -173,8 +178,8 @@ def run_traces(
     Raises
     ------
     ValueError
-        For fewer than one round, options of ``generate`` that traces need for themselves, or a tokenizer that lacks the
-        three tokens or does not belong to the model.
+        For fewer than one round, options of ``generate`` that traces need for themselves, a question with its answer
+        that fills the model's positions, or a tokenizer that lacks the three tokens or does not belong to the model.
     TypeError
         For an example that is neither.
 
@@ -215,7 +220,9 @@ def run_traces(
     with _judging(model, tokenizer):
         for begin in range(0, len(given), batch_size):
             batch = [_Running(example, form) for example in given[begin : begin + batch_size]]
-            rewards = _run(Reader(model, tokenizer, reuse_cache, options), batch, bank, max_rounds)
+            reader = Reader(model, tokenizer, reuse_cache, options)
+            reader.check({begin + place: item.text for place, item in enumerate(batch)})
+            rewards = _run(reader, batch, bank, max_rounds)
             for number, item in enumerate(batch):
                 out.append(
                     Trace(tuple(item.steps), item.rationale, rewards[number], item.text, item.finished)
@@ -233,7 +240,10 @@ def _run(reader: Reader, batch: Sequence[_Running], bank: Tools, max_rounds: int
                 item.stop_calling()
         open_ones = {place: item.text for place, item in going.items() if not item.finished}
         for place, said in (reader.write(open_ones) if open_ones else {}).items():
-            going[place].hear(said, bank)
+            if said is None:
+                going[place].hear_nothing()
+            else:
+                going[place].hear(said, bank)
         # A trace is scored while what was read of it is still kept.
         ended = {place: item.text for place, item in going.items() if item.finished}
         rewards |= reader.score(ended)

@@ -195,6 +195,44 @@ def test_caches_that_cannot_be_continued_are_not(config, options):
     assert share == 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_positions_end(batch_size):
+    """Learned positions: one token too many would be an error of the embedding."""
+    model, tokenizer = made("gpt2")
+    whole, _, _ = judged(model, tokenizer)
+    length = [len(tokenizer(trace.text + "</s>").input_ids) for trace in whole]
+    prompts = [len(tokenizer(trace.text.partition("<start_tool>")[0]).input_ids) for trace in whole]
+    base = model.causal_lm
+    ends = set()
+    for limit in (max(length), max(length) - 1, sorted(length)[-2], sorted(length)[3], max(prompts) + 3):
+        base.config.n_positions = limit
+        base.transformer.wpe = torch.nn.Embedding.from_pretrained(base.transformer.wpe.weight[:limit])
+        traces, _, _ = judged(model, tokenizer, batch_size=batch_size)
+        for trace, other, tokens in zip(traces, whole, length, strict=True):
+            ends.add(trace.finished)
+            if tokens <= limit:
+                assert (trace.text, trace.finished) == (other.text, other.finished)
+                assert trace.reward == pytest.approx(other.reward, abs=1e-5)
+            else:
+                assert trace.finished == "length"
+                assert other.text.startswith(trace.text)
+                assert trace.steps == other.steps[: len(trace.steps)]
+            ids = tokenizer(trace.text + "</s>", return_tensors="pt").input_ids[:, -limit:]
+            assert trace.reward == pytest.approx(model(ids).rewards.item(), abs=1e-5)
+    assert ends == {"work", "malformed", "length"}
+
+
+def test_what_leaves_no_room_is_refused():
+    model, tokenizer = made("gpt2")
+    bank, asked = ToolBank([Calendar()]), [("one", "Tuesday"), ("one", "Tuesday " * 1100)]
+    with pytest.raises(ValueError, match="answer 1 have 1[01]\\d\\d tokens .* the model 1024 positions"):
+        run_traces(model, tokenizer, bank, asked, batch_size=1)
+    with pytest.raises(ValueError, match="passes the 1024 positions"):
+        model.score_texts(tokenizer, ["Tuesday " * 1024])
+    with pytest.raises(ValueError, match="1025 tokens passes the 1024 positions .*max_length"):
+        model(torch.ones(2, 1025, dtype=torch.long))
+
+
 def test_a_window_that_has_not_slid_is_continued():
     _, share = assert_same(*made("mistral", sliding_window=1000))
     assert share < 0.75
