@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 
 def longest_input(model: Any) -> int | None:
     """Tokens that a transformers model has positions for.
@@ -33,12 +31,9 @@ def longest_input(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding's row on.
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
-            return module.num_embeddings - module.padding_idx - 1
+        padding = getattr(module, "padding_idx", None) if name.endswith("position_embeddings") else None
+        if padding is not None:
+            return int(module.num_embeddings) - int(padding) - 1
     return positions
 
 
