@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +227,18 @@ def test_best_of_n_no_longer_takes_the_longest():
 def test_bad_wrapping_is_refused(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_a_reward_function_needs_no_torch():
+    code = (
+        "import sys; from labkit.rlhf import CalibratedRewardModel, LinearCalibrator\n"
+        "f = lambda prompts, completions: [len(text) + 0.0 for text in completions]\n"
+        "w = CalibratedRewardModel(f, LinearCalibrator()).fit([''] * 20, ['x' * n for n in range(20)])\n"
+        "assert max(map(abs, w([''] * 2, ['x', 'xxxx']))) < 99\n"
+        "sys.exit(sorted({'torch', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bad_calls_are_refused():
