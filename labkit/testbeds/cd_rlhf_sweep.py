@@ -1,11 +1,11 @@
 """Controls of curiosity in the world of synonyms, trained once and recorded as ``recordings/cd_rlhf.json``.
 
-``python -m labkit.testbeds.cd_rlhf_sweep`` takes about seven minutes on one idle core. The record is written after each
+``python -m labkit.testbeds.cd_rlhf_sweep`` takes about six minutes on one idle core. The record is written after each
 run, so that a sweep that was stopped goes on where it was; ``--fresh`` begins anew.
 
 `ARMS` have the setting of the notebook: its learning rate, KL weight and number of updates, and its seeds. Two ask what
 of the curiosity matters: `Shuffled` pays the same amounts to other words, and the constant is given at half its weight.
-Three change the learning rate of the curiosity network, which the notebook has at 0.001 and the authors at 0.00001.
+Five change the learning rate of the curiosity network, which the notebook has at 0.001 and the authors at 0.00001.
 
 `SUMS` take the notebook's policy that learns to add apart.
 """
@@ -47,6 +47,7 @@ RECORD = "cd_rlhf"
 SEEDS = (0, 1, 2)
 SUM_SEEDS = (0, 1, 2, 3, 4)
 UPDATES = 100
+BEGIN = 5  # updates whose scores are recorded, for a look whether the record can be had again
 LAST = 10  # updates over which what curiosity pays is averaged
 RECIPE: dict[str, Any] = {
     "batch_size": 32,
@@ -204,9 +205,11 @@ ARMS: dict[str, Callable[[], Any] | None] = {
     "shuffled": curious(kind=Shuffled),
     "constant": lambda: GateBonus(0.04, TopKGate(1)),
     "constant, half": lambda: GateBonus(0.02, TopKGate(1)),
+    "rate 0.01": curious(1e-2),
+    "rate 0.003": curious(3e-3),
+    "rate 0.0003": curious(3e-4),
     "rate 0.0001": curious(1e-4),
     "rate 0.00001": curious(1e-5),
-    "rate 0.01": curious(1e-2),
 }
 
 
@@ -232,7 +235,9 @@ def measure(model: Any, task: SynonymTask, answers: int = 100) -> dict[str, floa
     return {"score": sum(scores) / len(PROMPTS), "words": words, **diversity_report(tens).mean().to_dict()}
 
 
-def train(arm: str, seed: int, updates: int = UPDATES, first: Any = None) -> dict[str, float]:
+def train(
+    arm: str, seed: int, updates: int = UPDATES, first: Any = None
+) -> tuple[dict[str, float], list[float]]:
     """Train an arm and measure it.
 
     Parameters
@@ -248,6 +253,8 @@ def train(arm: str, seed: int, updates: int = UPDATES, first: Any = None) -> dic
     -------
     dict
         As `measure`, and for curiosity what `Ledger.report` says.
+    list of float
+        Mean score of the rollout of each update.
     """
     task = SynonymTask(seed)
     policy = copy.deepcopy(first) if first is not None else task.model()
@@ -255,11 +262,12 @@ def train(arm: str, seed: int, updates: int = UPDATES, first: Any = None) -> dic
     hooks = [Ledger(make(), updates - LAST)] if make is not None else []
     config = PPOConfig(iterations=updates, seed=seed, device="cpu", **RECIPE)
     data: dict[str, Any] = {"train_dataset": task.prompts, "processing_class": task.tokenizer}
-    PPOTrainer(policy, [task.reward], config, **data, token_rewards=hooks).train()
+    history = PPOTrainer(policy, [task.reward], config, **data, token_rewards=hooks).train()
     found = measure(policy, task)
     for hook in hooks:
         found |= hook.report()
-    return {name: round(value, 4) for name, value in found.items()}
+    scores = [round(record["objective/scores"], 4) for record in history]
+    return {name: round(value, 4) for name, value in found.items()}, scores
 
 
 #: Which parts the policy that learns to add has: a liking for length, its calibration, macro actions and curiosity.
@@ -328,20 +336,24 @@ def main() -> None:
     fresh = parser.parse_args().fresh
     torch.set_num_threads(1)
     runs: dict[str, dict[str, dict[str, float]]] = {}
+    begins: dict[str, dict[str, list[float]]] = {}
     sums: dict[str, dict[str, float]] = {}
     if not fresh and (recorded.FOLDER / f"{RECORD}.json").is_file():
         record = recorded.read(RECORD)
-        runs, sums = record["runs"], record["sums"]
+        runs, begins, sums = record["runs"], record["begins"], record["sums"]
 
     def note(*what: Any) -> None:
-        recorded.write(RECORD, {"updates": UPDATES, "runs": runs, "sums": sums}, environment())
+        ordered = {arm: runs[arm] for arm in ARMS if arm in runs}
+        values = {"updates": UPDATES, "runs": ordered, "begins": begins, "sums": sums}
+        recorded.write(RECORD, values, environment())
         print(*what, flush=True)
 
     for seed in SEEDS:
         first = SynonymTask(seed).model()
         for arm in ARMS:
             if str(seed) not in runs.setdefault(arm, {}):
-                runs[arm][str(seed)] = train(arm, seed, first=first)
+                runs[arm][str(seed)], scores = train(arm, seed, first=first)
+                begins.setdefault(arm, {})[str(seed)] = scores[:BEGIN]
                 note(arm, seed, runs[arm][str(seed)])
     for arm in SUMS:
         for seed in SUM_SEEDS:
