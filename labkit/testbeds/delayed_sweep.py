@@ -170,6 +170,44 @@ ARMS: dict[str, dict[str, Any]] = {
     "n = 5, joint ratio": {"segmenter": FixedNgram(5), "ratio": "joint"},
 }
 
+ROWS: dict[str, dict[str, str]] = {
+    "groups of n tokens": {
+        "n = 1: token PPO": "n = 1",
+        "n = 2": "n = 2",
+        "n = 3": "n = 3",
+        "n = 5": "n = 5",
+        "n = 10": "n = 10",
+        "n = ∞: the whole answer": "n = ∞",
+    },
+    "groups by other rules": {
+        "random lengths": "random n",
+        "parse tree": "parsing",
+        "perplexity": "perplexity",
+    },
+    "n = 5, one thing changed": {
+        "a group's value is its last token's": "n = 5, value of the last token",
+        "its first tokens' values count most": "n = 5, value by position",
+        "one clipped ratio a group": "n = 5, joint ratio",
+    },
+    "rewards averaged": {
+        "n = 5": "n = 5, mean",
+        "n = ∞": "n = ∞, mean",
+    },
+    "our controls, without groups": {
+        "λ = 0.95^(1/5): credit as far as n = 5": "token, λ^(1/5)",
+        "λ = 1: credit does not fade": "token, λ = 1",
+        "λ = 1, twice the learning rate": "token, λ = 1, rate 0.006",
+        "no critic, answers compared (as GRPO)": "as GRPO, rate 0.003",
+        "as GRPO, twice the learning rate": "as GRPO",
+    },
+    "KL penalty five times stronger": {
+        "n = 1: token PPO": "strong KL, n = 1",
+        "n = 5": "strong KL, n = 5",
+        "n = 5, rewards averaged": "strong KL, n = 5, mean",
+    },
+}
+"""The arms in the order in which a table shows them: kind, then what the row is, then the arm."""
+
 
 def train(arm: str, seed: int) -> list[float]:
     """Mean score of the rollout of each update."""

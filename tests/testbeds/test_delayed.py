@@ -70,6 +70,8 @@ def test_the_record_holds_all_runs_and_the_code_still_begins_them(monkeypatch: p
     assert record["updates"] == delayed_sweep.UPDATES
     assert {"torch", "commit"} <= set(record["environment"])
     assert list(record["scores"]) == list(delayed_sweep.ARMS)
+    shown = [arm for rows in delayed_sweep.ROWS.values() for arm in rows.values()]
+    assert sorted(shown) == sorted(delayed_sweep.ARMS)
     for runs in record["scores"].values():
         assert [len(runs[str(seed)]) for seed in delayed_sweep.SEEDS] == [delayed_sweep.UPDATES] * 3
     monkeypatch.setattr(delayed_sweep, "UPDATES", 4)
