@@ -3,8 +3,8 @@
 ``python -m labkit.testbeds.delayed_sweep`` takes fifteen minutes on one idle core. The record is written after each run,
 so that a sweep that was stopped goes on where it was; ``--fresh`` begins anew.
 
-The last four arms were added later, in the environment of the others; of those, two runs were made again and came out the same
-to the last digit.
+The last four arms were added later, in the environment of the others; two runs of the older ones, made again, came out the
+same to the last digit.
 
 Where rounding differs, as between builds of the libraries, most runs part after some dozens of updates, and from there on
 agree in their means over seeds only.
@@ -174,37 +174,37 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 ROWS: dict[str, dict[str, str]] = {
-    "groups of n tokens": {
-        "n = 1: token PPO": "n = 1",
+    "n tokens": {
+        "n = 1, token PPO": "n = 1",
         "n = 2": "n = 2",
         "n = 3": "n = 3",
         "n = 5": "n = 5",
         "n = 10": "n = 10",
-        "n = ∞: the whole answer": "n = ∞",
+        "n = ∞, whole answer": "n = ∞",
     },
-    "groups by other rules": {
+    "other rules": {
         "random lengths": "random n",
         "parse tree": "parsing",
         "perplexity": "perplexity",
     },
-    "n = 5, one thing changed": {
-        "a group's value is its last token's": "n = 5, value of the last token",
-        "its first tokens' values count most": "n = 5, value by position",
-        "one clipped ratio a group": "n = 5, joint ratio",
+    "n = 5, changed": {
+        "value: the last token's": "n = 5, value of the last token",
+        "value: early tokens count more": "n = 5, value by position",
+        "one ratio a group": "n = 5, joint ratio",
     },
     "rewards averaged": {
         "n = 5": "n = 5, mean",
         "n = ∞": "n = ∞, mean",
     },
-    "our controls, without groups": {
-        "λ = 0.95^(1/5): credit as far as n = 5": "token, λ^(1/5)",
-        "λ = 1: credit does not fade": "token, λ = 1",
-        "λ = 1, twice the learning rate": "token, λ = 1, rate 0.006",
-        "no critic, answers compared (as GRPO)": "as GRPO, rate 0.003",
-        "as GRPO, twice the learning rate": "as GRPO",
+    "controls, no groups": {
+        "λ^(1/5), credit as for n = 5": "token, λ^(1/5)",
+        "λ = 1, nothing fades": "token, λ = 1",
+        "λ = 1, rate 0.006": "token, λ = 1, rate 0.006",
+        "answers compared, as GRPO": "as GRPO, rate 0.003",
+        "as GRPO, rate 0.006": "as GRPO",
     },
-    "KL penalty five times stronger": {
-        "n = 1: token PPO": "strong KL, n = 1",
+    "β = 0.05, not 0.01": {
+        "n = 1, token PPO": "strong KL, n = 1",
         "n = 5": "strong KL, n = 5",
         "n = 5, rewards averaged": "strong KL, n = 5, mean",
     },
