@@ -24,7 +24,7 @@ from labkit.rlhf.minibatches import Minibatch, Updates, micro_batch_loss
 from labkit.rlhf.prompts import Prompts
 from labkit.rlhf.records import IterationRecord
 from labkit.rlhf.reference import Reference, needed
-from labkit.rlhf.rewards import AdaptiveKL, as_rewards, as_weights
+from labkit.rlhf.rewards import AdaptiveKL, as_hooks, as_rewards, as_weights
 from labkit.rlhf.rollout import RolloutBatch
 from labkit.rlhf.values import chosen_value_model
 from labkit.training.loop import TrainingConfig, TrainingLoop
@@ -166,7 +166,7 @@ class PPOTrainer:
         self.policy = model
         self.rewards = as_rewards(reward)
         self.reward_weights = as_weights(reward_weights, len(self.rewards))
-        self.token_rewards = list(token_rewards)
+        self.token_rewards = as_hooks(token_rewards)
         self.prompts = Prompts(train_dataset, processing_class, config.batch_size, config.seed)
         wanted = ref_model is not None or needed(config, self.token_rewards)
         self.reference = Reference(model, ref_model) if wanted else None
