@@ -66,9 +66,9 @@ class PPOTrainer:
     ref_model : transformers.PreTrainedModel, optional
         By default a frozen copy of the policy, or a peft policy with its adapters off. There is none when nothing needs it
         (``kl_coef=0``, no target, no hook or segmenter that asks).
-    value_model : ValueModel or "shared", optional
+    value_model : ValueModel, "shared" or torch.nn.Linear, optional
         By default a `ValueModel` on a copy of the policy's body. ``"shared"`` is a linear layer on the policy's own
-        hidden states.
+        hidden states, new or, from an earlier run, `load_value_head`.
     reward_weights : sequence of float, optional
         One a reward.
     token_rewards : sequence of callable

@@ -22,6 +22,7 @@ from labkit.rlhf import (
     RunningLowess,
     ValueModel,
     gae,
+    load_value_head,
     macro_gae,
     policy_loss,
     sequence_stats,
@@ -426,6 +427,20 @@ def test_it_saves_what_transformers_reads(tmp_path: Path) -> None:
         values = value.eval()(*rows)[:, batch.prompt_ids.shape[1] - 1 : -1]
     torch.testing.assert_close(own.logprobs, batch.logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values * batch.mask, batch.values, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shared_value_head_goes_on(tmp_path: Path) -> None:
+    made = trainer(settings=config(iterations=1))
+    made.train()
+    made.save_pretrained(tmp_path)
+    head = load_value_head(tmp_path / "value")
+    again = trainer(made.policy, value_model=head)
+    assert torch.equal(again.collect(7).values, made.collect(7).values)
+    assert made.collect(7).values.any()
+    again.train()
+    bad("must lead from the policy's 32 hidden states to 1", value_model=torch.nn.Linear(8, 1))
+    with pytest.raises(FileNotFoundError, match="has no value_head"):
+        load_value_head(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
