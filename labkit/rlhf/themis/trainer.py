@@ -86,3 +86,7 @@ class ThemisTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target = self.accelerator.unwrap_model(model or self.model)
         target.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Trainer's own reads the file of weights into the whole model, whose names differ from those of the files.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

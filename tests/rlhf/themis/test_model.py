@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from labkit.rlhf import ThemisCollator, ThemisLoss, ThemisRewardModel, ThemisTrainer, TraceFormat
@@ -312,6 +313,35 @@ def test_trainer_learns_and_resumes(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-3"))
     for name, tensor in whole.model.state_dict().items():
         assert torch.allclose(tensor, resumed.model.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_trainer_loads_the_best_model_at_its_end(tmp_path, lora):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = made("llama")
+    if lora:
+        model = ThemisRewardModel(get_peft_model(model.causal_lm, LoraConfig(r=4, target_modules=["q_proj"])))
+    args = arguments(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best model is not the last
+    )
+    trainer = ThemisTrainer(
+        model, args, ThemisCollator(tokenizer), train_dataset=ROWS * 4, eval_dataset=ROWS
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    ends = [load_file(tmp_path / f"checkpoint-{n}/v_head.safetensors")["weight"] for n in (3, 6)]
+    assert torch.equal(model.v_head.weight, ends[0])
+    assert not torch.equal(*ends)
+    batch = ThemisCollator(tokenizer)(ROWS)
+    base = made("llama")[0].causal_lm if lora else None
+    best = ThemisRewardModel.from_pretrained(tmp_path / "checkpoint-3", base).eval()
+    assert torch.allclose(model.eval()(**batch).loss, best(**batch).loss, atol=1e-6)
 
 
 def test_accumulated_batches_are_a_mean(tmp_path):
