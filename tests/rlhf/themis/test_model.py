@@ -145,6 +145,25 @@ def test_dropped_observations(tokenizer, model):
     ]
 
 
+def test_repeatable_draws_hang_on_the_batch_alone(tokenizer, model):
+    rows = [row(f"2015-03-{day:02}") for day in range(1, 31)]
+
+    def failed(collate, some):
+        return [FAILED in one for one in tokenizer.batch_decode(collate.repeatable(some)["input_ids"])]
+
+    collate, another = (ThemisCollator(tokenizer, drop_observation=0.3, seed=4) for _ in range(2))
+    batches = [rows[:10], rows[10:20], rows[20:]]
+    seen = [failed(collate, some) for some in batches]
+    assert [failed(another, some) for some in batches[::-1]] == seen[::-1]
+    assert len({tuple(one) for one in seen}) == 3
+    assert failed(collate, rows[1:10]) != seen[0][1:10] + seen[0][11:20]
+    assert failed(ThemisCollator(tokenizer, drop_observation=0.3, seed=5), rows[:10]) != seen[0]
+    rate = sum(sum(failed(collate, [one] * 4)) for one in rows) / (8 * len(rows))
+    assert abs(rate - 0.3) < 0.1
+    with pytest.raises(ValueError, match="without 'neg_answer'"):
+        collate.repeatable([{"question": "?", "pos_answer": rows[0]["pos_answer"]}])
+
+
 def test_a_long_text_keeps_its_end(tokenizer, model):
     batch = ThemisCollator(tokenizer, max_length=60)(ROWS)
     assert batch["input_ids"].shape == (4, 60)
@@ -291,12 +310,12 @@ def arguments(folder, **more):
     )
 
 
-def test_trainer_learns_and_resumes(tmp_path):
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_trainer_learns_and_resumes(tmp_path, drop):
     def trainer(folder, **more):
         model, tokenizer = made("llama")
-        return ThemisTrainer(
-            model, arguments(folder, **more), ThemisCollator(tokenizer), train_dataset=ROWS * 4
-        )
+        collator = ThemisCollator(tokenizer, drop_observation=drop)
+        return ThemisTrainer(model, arguments(folder, **more), collator, train_dataset=ROWS * 4)
 
     whole = trainer(tmp_path / "a")
     whole.train()
