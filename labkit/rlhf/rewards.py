@@ -16,7 +16,6 @@ with a KL estimate k of the log-ratio :math:`\ell = \log\pi(y_t) - \log\pi_{ref}
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.rlhf.arguments import taken
 from labkit.rlhf.positions import check_length
 
 Reward = Callable[..., Any]
@@ -192,7 +192,7 @@ def call_reward(
     [3.0]
     """
     given = {"completion_ids": completion_ids, **more, **(columns or {})}
-    found = reward(prompts=prompts, completions=completions, **_taken(reward, given))
+    found = reward(prompts=prompts, completions=completions, **taken(reward, given))
     name = name_of(reward)
     if isinstance(found, Tensor):
         found = found.detach().float().cpu().reshape(-1).tolist() if found.ndim <= 1 else found.tolist()
@@ -215,16 +215,6 @@ def call_reward(
 def name_of(reward: Any) -> str:
     """Name of a reward, for messages and metrics."""
     return str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
-
-
-def _taken(reward: Reward, given: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):
-        return given
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return given
-    return {name: value for name, value in given.items() if name in {p.name for p in parameters}}
 
 
 class RewardModel:

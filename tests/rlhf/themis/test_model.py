@@ -349,9 +349,7 @@ def test_trainer_loads_the_best_model_at_its_end(tmp_path, lora):
         metric_for_best_model="loss",
         greater_is_better=True,  # so that the best model is not the last
     )
-    trainer = ThemisTrainer(
-        model, args, ThemisCollator(tokenizer), train_dataset=ROWS * 4, eval_dataset=ROWS
-    )
+    trainer = ThemisTrainer(model, args, ThemisCollator(tokenizer), train_dataset=ROWS * 4, eval_dataset=ROWS)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     ends = [load_file(tmp_path / f"checkpoint-{n}/v_head.safetensors")["weight"] for n in (3, 6)]
