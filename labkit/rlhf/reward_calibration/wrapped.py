@@ -103,6 +103,7 @@ class CalibratedRewardModel:
         self.__name__ = f"calibrated_{name}"  # trainers log rewards by this
         self.last: dict[str, Array] = {}
         self._gather: Callable[[Any], Any] | None = None
+        self._trainer: Any = None
         self._device: Any = None
 
     def raw_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Array:
@@ -176,7 +177,7 @@ class CalibratedRewardModel:
         some = ~np.isnan(raw)
         calibrated = np.full_like(raw, np.nan)
         if isinstance(self.calibrator, RunningLowess):
-            if self._gather is None:
+            if not self._led():
                 self.calibrator.update(measured[some], raw[some])
             calibrated[some] = self.calibrator.transform(measured[some], raw[some])
         else:
@@ -191,7 +192,7 @@ class CalibratedRewardModel:
 
     def setup(self, trainer: Any) -> None:
         """Put a classifier where the trainer is, and let a trainer that has ``gather`` give one common curve to all
-        processes; updates then come from `update`."""
+        processes; updates then come from `update`, until the trainer has no iterations ``remaining``."""
         if hasattr(self.rm, "setup"):
             self.rm.setup(trainer)
         self._device = getattr(trainer, "device", None) or getattr(
@@ -199,8 +200,11 @@ class CalibratedRewardModel:
         )
         if self._classifier and self._device is not None and len(getattr(self.rm, "hf_device_map", ())) < 2:
             self.rm.to(self._device)
-        if hasattr(trainer, "gather"):
-            self._gather = trainer.gather
+        self._trainer, self._gather = trainer, getattr(trainer, "gather", None)
+
+    def _led(self) -> bool:
+        """Whether a trainer that is still at work says when the curve learns."""
+        return self._gather is not None and getattr(self._trainer, "remaining", 1) > 0
 
     def update(self, batch: Any) -> None:
         """Once per rollout: let the running curve learn from the last batch, of all processes."""

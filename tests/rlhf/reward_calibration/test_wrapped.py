@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from labkit import rlhf
 from labkit.testbeds import length_biased_judges
 from labkit.testbeds.language import text_tokenizer
+from labkit.testbeds.models import tiny
 
 
 def likes_length(prompts, completions, **columns):
@@ -196,6 +197,23 @@ def test_none_stays_none_and_is_left_out(make):
     assert rlhf.call_reward(wrapped, PROMPTS, TEXTS, [[1]] * 40).isfinite().all()
     assert wrapped([""], ["x" * 75]) == [None]
     assert wrapped.metrics() == {}
+
+
+def test_after_a_training_the_curve_learns_from_each_batch_again():
+    wrapped = rlhf.CalibratedRewardModel(likes_length, rlhf.RunningLowess(warmup=60, every=1, window=100))
+    tokenizer = text_tokenizer()
+    config = rlhf.PPOConfig(iterations=2, batch_size=4, max_new_tokens=3, eos_token_id=None)
+    policy = tiny("llama", width=16, heads=2, layers=1, vocab=len(tokenizer))
+    trainer = rlhf.PPOTrainer(policy, wrapped, config, [{"prompt": "hi"}], processing_class=tokenizer)
+    for done, _ in enumerate(trainer, start=1):
+        assert wrapped.calibrator._batches == done
+        wrapped(PROMPTS, TEXTS)
+        assert wrapped.calibrator._batches == done + (done == 2), "amid a training only rollouts count"
+    assert len(wrapped.calibrator._lengths) == 48
+    assert np.ptp(wrapped(PROMPTS, TEXTS)) < 0.2 * np.ptp(likes_length(PROMPTS, TEXTS))
+    other = rlhf.PPOTrainer(policy, wrapped, config, [{"prompt": "hi"}], processing_class=tokenizer)
+    wrapped(PROMPTS, TEXTS)
+    assert (wrapped.calibrator._batches, other.remaining) == (4, 2)
 
 
 def test_a_trainers_curve_learns_without_those_that_are_none():
