@@ -185,6 +185,19 @@ def test_weather_store(tmp_path):
         WeatherCache({"Suzhou, 2023-06-23": 3})
 
 
+@pytest.mark.parametrize("kind", [WeatherCache, Translator])
+def test_stores_that_are_none(kind, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(
+        TypeError, match=r"store must map '?(City|texts).* path of a JSON file that does, got list"
+    ):
+        kind([1])
+    with pytest.raises(TypeError, match=r"store must map .*; .*list\.json holds list"):
+        kind(tmp_path / "list.json")
+    with pytest.raises(TypeError, match="got int"):
+        kind(3)
+
+
 def test_weather_in_the_words_of_the_release():
     values = {
         "sky": "Sunny",
