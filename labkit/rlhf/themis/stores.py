@@ -25,7 +25,7 @@ _SKIES = (
 )
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON, gzipped or not."""
     path = Path(path)
     data = path.read_bytes()

@@ -90,4 +90,4 @@ class ThemisTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # Trainer's own reads the file of weights into the whole model, whose names differ from those of the files.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
