@@ -159,8 +159,8 @@ def test_a_function_gets_what_it_names():
     def narrow(prompts, completions):
         return likes_length(prompts, completions)
 
-    def graded(prompts, completions, level):
-        return [one * factor for one, factor in zip(likes_length(prompts, completions), level, strict=True)]
+    def graded(completions, level):
+        return [one * factor for one, factor in zip(likes_length(None, completions), level, strict=True)]
 
     def kept(prompts, completions, **columns):
         assert set(columns) == set(given)
@@ -175,6 +175,18 @@ def test_a_function_gets_what_it_names():
             wrapped, PROMPTS, TEXTS, [[1]] * 40, {"level": [2.0] * 40}, prompt_ids=[[2]] * 40
         )
         assert np.allclose(scores, raw)
+
+
+def test_lengths_are_those_of_the_answers_whatever_a_function_does_to_its_list():
+    def emptying(prompts, completions):
+        found = likes_length(prompts, completions)
+        completions[:] = [""] * len(completions)
+        return found
+
+    texts = list(TEXTS)
+    wrapped = rlhf.CalibratedRewardModel(emptying, rlhf.LinearCalibrator()).fit(PROMPTS, texts)
+    assert texts == TEXTS
+    assert np.ptp(wrapped(PROMPTS, texts)) < 1e-9
 
 
 def sometimes(prompts, completions):
