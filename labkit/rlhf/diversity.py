@@ -281,7 +281,7 @@ def embedding_similarity(texts: Texts, embed: Embed = tfidf) -> float:
     Raises
     ------
     ValueError
-        When a prompt has fewer than two texts, or `embed` returns another number of rows.
+        When a prompt has fewer than two texts, or `embed` returns another number of rows or what is not finite.
 
     Examples
     --------
@@ -293,6 +293,12 @@ def embedding_similarity(texts: Texts, embed: Embed = tfidf) -> float:
         vectors = np.asarray(embed(group), dtype=float)
         if vectors.ndim != 2 or len(vectors) != len(group):
             raise ValueError(f"embed must return one row a text, ({len(group)}, d); got {vectors.shape}")
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(wrong):
+            place = int(wrong[0])
+            raise ValueError(
+                f"embed must return finite numbers; the embedding of text {place}, {group[place]!r:.60}, holds nan or inf"
+            )
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
         total = np.square(unit.sum(0)).sum() - np.square(unit).sum()

@@ -28,6 +28,10 @@ CHUNK = 1 << 24
 
 Head = Callable[[Tensor], Tensor]
 
+# Of Gemma and its kin, of RecurrentGemma, of xLSTM. A cap does little to the small logits of a new model, so that logits
+# that agree at the start would not show one whose name is unknown.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -215,7 +219,8 @@ def anatomy(model: Any) -> Anatomy:
     learning_prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     if body is inner or learning_prompts:
         return Anatomy(lambda **inputs: _logits(model, inputs), nn.Identity(), vocab)
-    cap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    cap = next((found for found in caps if found), None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 
     def states(**inputs: Tensor) -> Tensor:

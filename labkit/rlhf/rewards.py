@@ -16,7 +16,6 @@ with a KL estimate k of the log-ratio :math:`\ell = \log\pi(y_t) - \log\pi_{ref}
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit.rlhf.arguments import taken
 from labkit.rlhf.logprobs import plain
 from labkit.rlhf.positions import check_length
 
@@ -215,7 +215,7 @@ def call_reward(
         "completion_ids": [list(ids) for ids in completion_ids],
         **{name: list(values) for name, values in {**more, **(columns or {})}.items()},
     }
-    found = reward(**_taken(reward, given))
+    found = reward(**taken(reward, given))
     name = name_of(reward)
     if isinstance(found, Tensor):
         found = found.detach().float().cpu().reshape(-1).tolist() if found.ndim <= 1 else found.tolist()
@@ -255,16 +255,6 @@ def unique_names(rewards: Sequence[Any]) -> list[str]:
             number += 1
         names.append(unique)
     return names
-
-
-def _taken(reward: Reward, given: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):
-        return given
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return given
-    return {name: value for name, value in given.items() if name in {p.name for p in parameters}}
 
 
 class RewardModel:

@@ -179,9 +179,9 @@ def get_language(language: str | Language) -> Language:
         raise TypeError(f"language must be a name or a Language, got {type(language).__name__}")
     if language not in LANGUAGES:
         near = difflib.get_close_matches(language, LANGUAGES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}? Known are" if near else "; known are"
         known = ", ".join(LANGUAGES)
         raise ValueError(
-            f"no language {language!r}{hint} Known are {known}; pass a Language(name, source, run) for another"
+            f"no language {language!r}{hint} {known}; pass a Language(name, source, run) for another"
         )
     return LANGUAGES[language]

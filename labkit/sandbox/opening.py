@@ -98,10 +98,13 @@ def open_room(
         raise TypeError(f"code must be text, got {type(code).__name__}")
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, got {type(limits).__name__}")
+    if not isinstance(stdin, str | bytes):
+        raise TypeError(f"stdin must be text or bytes, got {type(stdin).__name__}")
+    words, variables = _words(args), _variables(env or {})
     blobs = {row.source: code.encode("utf-8", "surrogatepass"), **_files(files or {}, row)}
     if stdin:
-        blobs[""] = stdin.encode() if isinstance(stdin, str) else bytes(stdin)
-    spec = _spec(kind, readable, row, limits, list(args), dict(env or {}))
+        blobs[""] = stdin.encode() if isinstance(stdin, str) else stdin
+    spec = _spec(kind, readable, row, limits, words, variables)
     report, printed = _keep_watch(spec, blobs, limits, row)
     return _judge(report, printed, row, kind)
 
@@ -176,9 +179,39 @@ def _executable(kind: Kind, row: Language, word: str) -> str:
     )
 
 
+def _words(args: Sequence[str]) -> list[str]:
+    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
+        raise TypeError(f"args must be a list of words, such as ['--fast', '3'], got {args!r:.60}")
+    for word in args:
+        if not isinstance(word, str):
+            raise TypeError(f"args must be words, got {word!r:.60}; write {str(word)!r:.60}")
+        if "\0" in word:
+            raise ValueError(f"args: {word!r:.60} holds a zero byte, which no command line can")
+    return list(args)
+
+
+def _variables(env: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env must map names to text, such as {{'SEED': '3'}}, got {env!r:.60}")
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(
+                f"env must map names to text, got {name!r:.60}: {value!r:.60}; write {str(value)!r:.60}"
+            )
+        if not name or "=" in name or "\0" in name + value:
+            raise ValueError(
+                f"env: {name!r:.60} must be a name without '=', and neither may hold a zero byte"
+            )
+    return dict(env)
+
+
 def _files(files: Mapping[str, str | bytes], row: Language) -> dict[str, bytes]:
+    if not isinstance(files, Mapping):
+        raise TypeError(f"files must map relative paths to text or bytes, got {files!r:.60}")
     out = {}
     for name, content in files.items():
+        if not isinstance(name, str):
+            raise TypeError(f"files: {name!r:.60} must be a relative path as text, such as 'data.txt'")
         path = PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts or "\0" in name or str(path) == ".":
             raise ValueError(

@@ -122,7 +122,7 @@ class Sandbox:
         SandboxUnavailable
             If the language is not installed, or no room could be opened.
         ValueError, TypeError
-            For an unknown language, or a file outside the working folder.
+            For an unknown language, a file outside the working folder, or arguments of another type.
         """
         return open_room(
             self.kind,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from labkit.rlhf import (
     CuriosityConfig,
@@ -241,6 +242,24 @@ def test_whole_answers_in_trl_form(policy):
     per_token = CuriosityRewardFunction(reward, policy, ref, per_token=True)
     means = per_token(["", ""], ["", ""], prompt_ids=prompts, completion_ids=answers)
     assert means == pytest.approx([found[0] / 2, found[1] / 3])
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_whole_answers_longer_than_a_models_positions(short):
+    """Learned positions, which end in an IndexError."""
+
+    def model(positions):
+        shape = {"n_embd": WIDTH, "n_head": 2, "n_layer": 1, "vocab_size": 20, "n_positions": positions}
+        return GPT2LMHeadModel(GPT2Config(**shape))
+
+    policy, ref = (model(8 if place == short else 9) for place in (0, 1))
+    function = CuriosityRewardFunction(CuriosityReward(eta=0.5), policy, ref)
+    assert len(function(["", ""], ["", ""], prompt_ids=[[5], [6]], completion_ids=[[1] * 7, [2]])) == 2
+    with pytest.raises(
+        ValueError, match="a prompt with its answer of 9 tokens passes the 8 positions of GPT2"
+    ):
+        function(["", ""], ["", ""], prompt_ids=[[5, 5], [6]], completion_ids=[[1] * 7, [2]])
+    assert function.curiosity.updates == 1
 
 
 def test_sentence_novelty():

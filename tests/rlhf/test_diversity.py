@@ -134,6 +134,16 @@ def test_order_does_not_matter(texts):
             ValueError,
             r"one row a text, \(2, d\); got \(2,\)",
         ),
+        (
+            lambda: embedding_similarity(["a", "b"], lambda group: np.array([[1.0, 2.0], [1.0, np.nan]])),
+            ValueError,
+            "finite numbers; the embedding of text 1, 'b', holds nan or inf",
+        ),
+        (
+            lambda: diversity_report([["a", "b"]], embed=lambda group: np.full((2, 3), np.inf)),
+            ValueError,
+            "the embedding of text 0, 'a', holds nan or inf",
+        ),
     ],
 )
 def test_bad_input(call, error, message):

@@ -16,10 +16,14 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 from labkit.rlhf import left_pad, sequence_stats, token_logprobs
-from labkit.rlhf.logprobs import anatomy
+from labkit.rlhf.logprobs import LinearHead, anatomy, model_inputs
 from labkit.testbeds.models import tiny
 
 SMALL: dict[str, Any] = {
@@ -88,6 +92,27 @@ def test_padded_rows_are_what_the_model_says_of_each_alone(name: str) -> None:
             assert found.ranks[row, mask[row]].tolist() == rank.tolist()
     assert not found.logprobs[~mask].any()
     assert not found.entropy[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "recurrent_gemma", "xlstm"])
+def test_soft_caps_are_known_before_they_show(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "gemma2":
+        model: Any = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16)).eval()
+    elif name == "xlstm":
+        shape = {"vocab_size": 37, "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2}
+        model = xLSTMForCausalLM(xLSTMConfig(**shape, mode="inference")).eval()
+    else:
+        model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SMALL, lru_width=32)).eval()
+    parts = anatomy(model)  # of a new model, whose logits are far below the cap
+    assert isinstance(parts.head, LinearHead)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2000)
+        wanted = model(ids, use_cache=False).logits
+        found = parts.head(parts.body(**model_inputs(model, ids, torch.ones_like(ids))))
+    assert wanted.abs().max() > 25
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("chunk", [1, 37 * 3, 1 << 20])

@@ -198,6 +198,8 @@ def test_opens_quickly():
 def test_unknown_language():
     with pytest.raises(ValueError, match="did you mean 'python'"):
         Sandbox().run("", "pyton")
+    with pytest.raises(ValueError, match="no language 'klingon'; known are python, javascript"):
+        Sandbox().run("", "klingon")
     with pytest.raises(TypeError, match="a name or a Language"):
         Sandbox().run("", 3)
 
@@ -246,11 +248,37 @@ def test_a_probe_that_gets_out_closes_the_kind(monkeypatch):
         ({"/etc/x": "a"}, ValueError, "relative path inside the working folder"),
         ({"main.py": "a"}, ValueError, "pass it as code"),
         ({"x": 3}, TypeError, "must be text or bytes, got int"),
+        ({3: "a"}, TypeError, "3 must be a relative path as text"),
+        (["x"], TypeError, "files must map relative paths"),
     ],
 )
 def test_files_outside(files, error, message):
     with pytest.raises(error, match=message):
         Sandbox().run("", files=files)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"args": [3]}, TypeError, "args must be words, got 3; write '3'"),
+        ({"args": "ab"}, TypeError, "args must be a list of words, .* got 'ab'"),
+        ({"args": None}, TypeError, "args must be a list of words, .* got None"),
+        ({"args": ["a\0"]}, ValueError, "holds a zero byte"),
+        ({"env": {"A": 3}}, TypeError, "env must map names to text, got 'A': 3; write '3'"),
+        ({"env": {3: "A"}}, TypeError, "env must map names to text, got 3: 'A'"),
+        ({"env": ["A"]}, TypeError, r"env must map names to text, .* got \['A'\]"),
+        ({"env": {"A=B": "c"}}, ValueError, "'A=B' must be a name without '='"),
+        ({"stdin": 3}, TypeError, "stdin must be text or bytes, got int"),
+        ({"stdin": ["a"]}, TypeError, "stdin must be text or bytes, got list"),
+    ],
+)
+def test_bad_arguments_open_no_room(given, error, message, monkeypatch):
+    from labkit.sandbox import opening
+
+    box = Sandbox()
+    monkeypatch.setattr(opening, "_keep_watch", lambda *parts: pytest.fail("a room was opened"))
+    with pytest.raises(error, match=message):
+        box.run("", **given)
 
 
 def test_bad_settings(tmp_path):

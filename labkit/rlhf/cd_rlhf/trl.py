@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.rlhf.cd_rlhf.rewards import CuriosityReward
 from labkit.rlhf.logprobs import anatomy, sequence_stats
+from labkit.rlhf.positions import check_length
 
 
 class CuriosityRewardFunction:
@@ -29,6 +30,12 @@ class CuriosityRewardFunction:
         Of both models.
     per_token : bool
         Mean over an answer's tokens instead of the sum, which grows with the length.
+
+    Raises
+    ------
+    ValueError
+        When the reference is the policy or an encoder-decoder; at a call, for an empty prompt, or a prompt whose answer
+        passes the positions of either model.
 
     Examples
     --------
@@ -76,6 +83,14 @@ class CuriosityRewardFunction:
             if self.processing_class is None:
                 raise ValueError("give processing_class, so that prompts can be tokenised, or prompt_ids")
             prompt_ids = [self._encode(prompt) for prompt in prompts]
+        longest = max((len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=False)), default=0)
+        for model in (self.policy, self.ref_model):
+            check_length(
+                longest,
+                model,
+                "a prompt with its answer",
+                "shorten the prompts, or lower max_completion_length in GRPOConfig",
+            )
         device = self.policy.get_input_embeddings().weight.device
         before, seen, tokens, mask = (t.to(device) for t in _padded(prompt_ids, completion_ids))
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,12 @@ def constituents(tree: Any, cutoff: int) -> list[list[int]]:
     Returns
     -------
     list of list of int
-        Indices of the leaves, in order.
+        Indices of the leaves, in order; none without a leaf.
+
+    Raises
+    ------
+    TypeError
+        For what is no tree.
 
     Examples
     --------
@@ -139,6 +144,8 @@ def constituents(tree: Any, cutoff: int) -> list[list[int]]:
     def visit(node: Any) -> None:
         nonlocal seen
         size = len(leaves(node))
+        if size == 0:
+            return
         if size == 1:
             if not groups:
                 groups.append([])
@@ -158,6 +165,11 @@ def constituents(tree: Any, cutoff: int) -> list[list[int]]:
 def leaves(tree: Any) -> list[str]:
     """Leaves of a tree, from the left.
 
+    Raises
+    ------
+    TypeError
+        For what is neither a string nor a sequence of trees.
+
     Examples
     --------
     >>> leaves([["a", "b"], "c"])
@@ -165,6 +177,11 @@ def leaves(tree: Any) -> list[str]:
     """
     if isinstance(tree, str):
         return [tree]
+    if not isinstance(tree, Iterable):
+        raise TypeError(
+            f"a tree must be a string or a sequence of trees, such as an nltk.Tree; got {tree!r:.60} "
+            f"({type(tree).__name__})"
+        )
     return [leaf for child in tree for leaf in leaves(child)]
 
 
@@ -173,8 +190,8 @@ class ConstituencyCutoff(_TextSegmenter):
     """Groups are small constituents of each sentence's parse tree.
 
     Leaves are found again in the text by their characters, so that the parser may split words otherwise than the
-    policy's tokenizer does. Where a leaf is not in the text (a parser that rewrites it), the row falls back to token
-    PPO, with a warning.
+    policy's tokenizer does. Where a leaf is not in the text (a parser that rewrites it), or a sentence's tree has none,
+    the row falls back to token PPO, with a warning.
 
     Parameters
     ----------
@@ -190,7 +207,7 @@ class ConstituencyCutoff(_TextSegmenter):
     Raises
     ------
     TypeError
-        Without a parser.
+        Without a parser; at a call, when it returns no tree.
     ValueError
         When the cutoff is below 2.
 
@@ -222,7 +239,15 @@ class ConstituencyCutoff(_TextSegmenter):
             sentence = match.group()
             tree = self.parser(sentence)
             where, cursor = [], 0
-            for leaf in leaves(tree):
+            words = self._words(tree, sentence)
+            if not words:
+                warnings.warn(
+                    f"the parser's tree of the sentence {sentence[:60]!r} has no leaf: every token of this answer is an "
+                    f"action of its own. Let the parser return the sentence itself where it finds no structure.",
+                    stacklevel=2,
+                )
+                return None
+            for leaf in words:
                 place = sentence.find(_BRACKETS.get(leaf, leaf), cursor)
                 if place < 0:
                     warnings.warn(
@@ -235,3 +260,10 @@ class ConstituencyCutoff(_TextSegmenter):
                 cursor = place + len(_BRACKETS.get(leaf, leaf))
             found += [match.start() + where[group[0]] for group in constituents(tree, self.cutoff)]
         return found
+
+    @staticmethod
+    def _words(tree: Any, sentence: str) -> list[str]:
+        try:
+            return leaves(tree)
+        except TypeError as error:
+            raise TypeError(f"the parser's result for the sentence {sentence[:60]!r}: {error}") from None

@@ -42,7 +42,7 @@ class MacroGRPOTrainer(GRPOTrainer):
         Without a segmenter.
     ValueError
         For settings of trl that leave no room for it: another ``importance_sampling_level`` than ``"token"``, the loss of
-        Liger's kernel, or no reference where the segmenter reads it.
+        Liger's kernel, or no reference where the segmenter reads it; for a segmenter with ``phantom=True``.
 
     Examples
     --------
@@ -67,6 +67,11 @@ class MacroGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, segmenter: Callable[..., Tensor], **kwargs: Any) -> None:
         if not callable(segmenter):
             raise TypeError(f"segmenter must be a callable such as FixedNgram(5), got {segmenter!r}")
+        if getattr(segmenter, "phantom", False):
+            raise ValueError(
+                f"{segmenter!r} skips an id for an empty group, which only PPO knows; groups of ratios hold "
+                f"tokens: leave phantom=False"
+            )
         super().__init__(*args, **kwargs)
         if self.importance_sampling_level != "token":
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from labkit.lab.cache import write_atomic
+from labkit.rlhf.arguments import taken
 from labkit.rlhf.positions import check_length
 from labkit.rlhf.reward_calibration import features as feature_functions
 from labkit.rlhf.reward_calibration.checks import Array
@@ -28,13 +29,14 @@ class CalibratedRewardModel:
 
     An instance is itself a reward function as trl's GRPO and labkit's PPO call it:
     ``wrapped(prompts=..., completions=..., **columns) -> list[float]``. What is subtracted is
-    :math:`\alpha(\hat b(c) - \overline{\hat b})`: the level of the reward stays.
+    :math:`\alpha(\hat b(c) - \overline{\hat b})`: the level of the reward stays. A completion that a function does not
+    apply to (None) stays None and is left out of every fit.
 
     Parameters
     ----------
     rm : PreTrainedModel or callable
         A transformers sequence classifier with one label, or a reward function
-        ``(prompts, completions, **columns) -> list[float]``.
+        ``(prompts, completions, **columns) -> list[float]``; of the columns it gets those that it names.
     calibrator : calibrator or RunningLowess
         A calibrator of this package, fitted now or later by :meth:`fit`; or a :class:`RunningLowess`, which learns from
         every batch that is scored.
@@ -49,7 +51,7 @@ class CalibratedRewardModel:
     Attributes
     ----------
     last : dict
-        ``features``, ``raw`` and ``calibrated`` of the last batch.
+        ``features``, ``raw`` and ``calibrated`` of the last batch; the last two are nan where the reward was None.
 
     Raises
     ------
@@ -101,28 +103,34 @@ class CalibratedRewardModel:
         self.__name__ = f"calibrated_{name}"  # trainers log rewards by this
         self.last: dict[str, Array] = {}
         self._gather: Callable[[Any], Any] | None = None
+        self._trainer: Any = None
         self._device: Any = None
 
     def raw_scores(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Array:
-        """The wrapped reward's own scores, of shape (N,).
+        """The wrapped reward's own scores, of shape (N,); nan where a function returns None, "does not apply".
 
         Raises
         ------
         ValueError
             If it returns another number of scores, or one that is not finite.
         """
+        applies = np.ones(len(completions), dtype=bool)
         if self._classifier:
             scores = np.array(self._classify(prompts, completions), dtype=float)
         else:
-            given = self.rm(prompts=prompts, completions=completions, **columns)
-            given = given.tolist() if hasattr(given, "tolist") else given
-            scores = np.array([np.nan if one is None else one for one in given], dtype=float)
+            # Copies: the lengths are measured afterwards, whatever the function does to its lists.
+            given = {"prompts": list(prompts), "completions": list(completions), **columns}
+            found = self.rm(**taken(self.rm, given))
+            found = found.tolist() if hasattr(found, "tolist") else list(found)
+            scores = np.array([np.nan if one is None else one for one in found], dtype=float)
+            applies = np.array([one is not None for one in found], dtype=bool)
         if scores.shape != (len(completions),):
             raise ValueError(
                 f"the reward returned {scores.shape} scores for {len(completions)} completions; one each"
             )
-        if not np.isfinite(scores).all():
-            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        wrong = np.flatnonzero(applies & ~np.isfinite(scores))
+        if len(wrong):
+            bad = int(wrong[0])
             raise ValueError(
                 f"the reward of completion {bad} is {scores[bad]}; it must be finite to be calibrated"
             )
@@ -142,20 +150,24 @@ class CalibratedRewardModel:
         """Score answers and fit the calibrator to them."""
         raw = self.raw_scores(prompts, completions, **columns)
         measured = self.measure(completions, columns.get("completion_ids"))
+        some = ~np.isnan(raw)
         if isinstance(self.calibrator, RunningLowess):
-            self.calibrator.update(measured, raw)
+            self.calibrator.update(measured[some], raw[some])
         else:
-            self.calibrator.fit(measured, raw)
+            self.calibrator.fit(measured[some], raw[some])
         return self
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Calibrated rewards of completions.
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """Calibrated rewards of completions, None where the wrapped function says None.
 
         Parameters
         ----------
         prompts, completions : sequence of str, of chat messages, or (without a tokenizer) of lists of token ids
         **columns
-            Handed on to the wrapped function; ``completion_ids`` is what ``"token_length"`` counts where it is given.
+            Handed on to the wrapped function, as far as it names them; ``completion_ids`` is what ``"token_length"`` counts
+            where it is given.
 
         Raises
         ------
@@ -164,22 +176,25 @@ class CalibratedRewardModel:
         """
         raw = self.raw_scores(prompts, completions, **columns)
         measured = self.measure(completions, columns.get("completion_ids"))
+        some = ~np.isnan(raw)
+        calibrated = np.full_like(raw, np.nan)
         if isinstance(self.calibrator, RunningLowess):
-            if self._gather is None:
-                self.calibrator.update(measured, raw)
-            calibrated = self.calibrator.transform(measured, raw)
+            if not self._led():
+                self.calibrator.update(measured[some], raw[some])
+            calibrated[some] = self.calibrator.transform(measured[some], raw[some])
         else:
-            calibrated = (
-                self.calibrator.transform(measured, raw) + self.calibrator.alpha * self.calibrator.level_
+            calibrated[some] = (
+                self.calibrator.transform(measured[some], raw[some])
+                + self.calibrator.alpha * self.calibrator.level_
             )
         self.last = {"features": measured, "raw": raw, "calibrated": calibrated}
-        return [float(value) for value in calibrated]
+        return [float(value) if applies else None for value, applies in zip(calibrated, some, strict=True)]
 
     # ---- what a trainer calls, if it knows of it: set-up, one call per rollout, checkpoints, metrics
 
     def setup(self, trainer: Any) -> None:
         """Put a classifier where the trainer is, and let a trainer that has ``gather`` give one common curve to all
-        processes; updates then come from `update`."""
+        processes; updates then come from `update`, until the trainer has no iterations ``remaining``."""
         if hasattr(self.rm, "setup"):
             self.rm.setup(trainer)
         self._device = getattr(trainer, "device", None) or getattr(
@@ -187,8 +202,11 @@ class CalibratedRewardModel:
         )
         if self._classifier and self._device is not None and len(getattr(self.rm, "hf_device_map", ())) < 2:
             self.rm.to(self._device)
-        if hasattr(trainer, "gather"):
-            self._gather = trainer.gather
+        self._trainer, self._gather = trainer, getattr(trainer, "gather", None)
+
+    def _led(self) -> bool:
+        """Whether a trainer that is still at work says when the curve learns."""
+        return self._gather is not None and getattr(self._trainer, "remaining", 1) > 0
 
     def update(self, batch: Any) -> None:
         """Once per rollout: let the running curve learn from the last batch, of all processes."""
@@ -199,8 +217,8 @@ class CalibratedRewardModel:
         import torch
 
         both = torch.tensor(np.stack([self.last["features"], self.last["raw"]], axis=1), device=self._device)
-        lengths, rewards = np.asarray(self._gather(both).cpu(), dtype=float).T
-        self.calibrator.update(lengths, rewards)
+        rows = np.asarray(self._gather(both).cpu(), dtype=float)
+        self.calibrator.update(*rows[~np.isnan(rows[:, 1])].T)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the running curve and of the wrapped reward, for a checkpoint."""
@@ -219,12 +237,16 @@ class CalibratedRewardModel:
             self.rm.load_state_dict(state["rm"])
 
     def metrics(self) -> dict[str, float]:
-        """Means over the last batch, and Spearman's correlation of reward and length before and after."""
+        """Means over the rewarded answers of the last batch, and Spearman's correlation of reward and length before and
+        after."""
         from labkit.rlhf.reward_calibration.report import length_correlation
 
         found: dict[str, float] = dict(self.rm.metrics()) if hasattr(self.rm, "metrics") else {}
         if self.last and self.last["features"].ndim == 1:
-            length, raw, after = self.last["features"], self.last["raw"], self.last["calibrated"]
+            some = ~np.isnan(self.last["raw"])
+            if not some.any():
+                return found
+            length, raw, after = (self.last[name][some] for name in ("features", "raw", "calibrated"))
             found |= {
                 "length": float(length.mean()),
                 "raw_reward": float(raw.mean()),

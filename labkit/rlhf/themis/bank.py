@@ -229,10 +229,12 @@ class ToolBank:
         Raises
         ------
         ValueError
-            For neither or both of model and action, an unknown action, or a tokenizer without the three tokens; at a
-            call, for texts and columns that do not belong together or a column that the tool needs and misses.
+            For neither or both of model and action, an unknown action, a tokenizer without the three tokens, or numbers
+            and options that `run_traces` refuses; at a call, for texts and columns that do not belong together or a
+            column that the tool needs and misses.
         TypeError
-            For a model that is no judge, or a tool that gives no verdict; at a call, for token ids.
+            For a model that is no judge, an argument that `run_traces` does not know, or a tool that gives no verdict; at
+            a call, for token ids.
         ToolUnavailable
             If the action's tool cannot work here.
 

@@ -28,6 +28,7 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 _LONGEST = 1000  # characters of an expression
 _BITS = 4096  # of the largest whole number
 
+_PYTHON_ONLY = re.compile(r"\d_|_\d|\b0[xob]", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*%(?!\s*[\d(.])")
 _MARK = re.compile(r"<<([^<>]*)>>\s*(-?[\d.,]*\d\.?|-?\d*)")
@@ -76,6 +77,9 @@ def evaluate_arithmetic(text: str, percent: bool = True) -> int | float:
     if len(text) > _LONGEST:
         raise ValueError(f"{shown!r} has {len(text)} characters; at most {_LONGEST} are read")
     source = text.strip()
+    # Python reads 1_000 as 1000 and 0x10 as 16; people write neither.
+    if _PYTHON_ONLY.search(source):
+        raise ValueError(f"{shown!r} is not arithmetic: numbers are decimal, such as 1000 or 1,000")
     if percent:
         source = _THOUSANDS.sub("", source)
         source = _PERCENT.sub(r"(\1/100)", source)
@@ -138,6 +142,8 @@ def _number(text: str | None) -> float | None:
     if text is None:
         return None
     cleaned = re.sub(r"[\s$,]", "", text).rstrip(".")
+    if "_" in cleaned:  # which float() takes
+        return None
     try:
         return float(cleaned)
     except ValueError:

@@ -23,6 +23,15 @@ out = os.dup(1)
 nothing = os.open("/dev/null", os.O_RDWR)
 for place in (0, 1, 2):
     os.dup2(nothing, place)
+def compiles(block):
+    try:
+        return bool(compile(block, "<string>", "exec"))
+    except Exception:
+        return False
+blocks = job["blocks"]
+if len(blocks) > 1:
+    blocks = [block for block in blocks if compiles(block)] or blocks
+code = "\\n".join(blocks)
 verdicts = []
 for test in job["tests"]:
     reads, writes = os.pipe()
@@ -32,7 +41,7 @@ for test in job["tests"]:
         os.close(out); os.close(reads)
         me, said = os.getpid(), "passed"
         try:
-            exec(job["code"] + "\\n" + test, {})
+            exec(code + "\\n" + test, {})
         except BaseException as error:
             said = "failed " + (str(error) or "")[:300]
         if os.getpid() == me:
@@ -60,6 +69,25 @@ for test in job["tests"]:
     os.write(out, (json.dumps(verdicts[-1]) + "\\n").encode())
 """
 
+# The label is the first word behind the fence; a fence that is not closed runs to the end.
+_FENCE = re.compile(r"```[^\S\n]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:```|\Z)", re.DOTALL)
+_PYTHON = re.compile(r"py(?:thon)?[\d.]*+", re.IGNORECASE)
+
+
+def code_blocks(text: str) -> list[str]:
+    """Blocks of Python in a text: those fenced as Python, else those fenced without a name, else the text itself.
+
+    Examples
+    --------
+    >>> code_blocks("First:\\n```python3\\nimport math\\n```\\nthen\\n```Py\\nx = math.pi")
+    ['import math\\n', 'x = math.pi']
+    >>> code_blocks("x = 1")
+    ['x = 1']
+    """
+    found = [(match.group(1), match.group(2)) for match in _FENCE.finditer(text)]
+    named = [code for label, code in found if _PYTHON.fullmatch(label)]
+    return named or [code for label, code in found if not label] or [text]
+
 
 @dataclass(frozen=True)
 class TestReport:
@@ -81,7 +109,8 @@ class CodeRunner(Tool):
     """Run an answer's Python against its tests; the observation says how many passed and why others did not.
 
     The code comes from the state's ``answer`` when the input is ``Same as the answer``, as in the release, else from
-    the input; the tests are the state's ``test_list``. A fenced block is taken out of its fence.
+    the input; the tests are the state's ``test_list``. Fenced blocks are taken out of their fences and joined: those
+    named Python, else those without a name; of several, those that can be compiled (an example's output cannot).
 
     Parameters
     ----------
@@ -148,8 +177,7 @@ class CodeRunner(Tool):
         """
         if isinstance(tests, str) or not tests:
             raise ValueError(f"tests must be a list of at least one statement, got {tests!r}")
-        fenced = re.search(r"```(?:python|py)?[^\S\n]*+\n(.*?)```", code, re.DOTALL)
-        job = {"code": fenced.group(1) if fenced else code, "tests": list(tests), "timeout": self.timeout}
+        job = {"blocks": code_blocks(code), "tests": list(tests), "timeout": self.timeout}
         seconds = self.timeout * len(tests) + 5
         limits = Limits(seconds=seconds, memory_mb=self.memory_mb, processes=8, output_kb=256, disk_mb=8)
         result = self.sandbox.run(_DRIVER, stdin=json.dumps(job), limits=limits)

@@ -38,7 +38,7 @@ class ThemisCollator:
         observation no longer does, and a model learns to make it up.
     form : TraceFormat
     seed : int
-        Of `drop_observation`.
+        Of `drop_observation`. Draws follow one another from batch to batch; those of `repeatable` hang on the batch alone.
 
     Returns
     -------
@@ -91,6 +91,31 @@ class ThemisCollator:
             for name, values in columns.items():
                 out[name].append([fill[name]] * (width - len(values)) + list(values))
         return {name: torch.tensor(values) for name, values in out.items()}
+
+    def repeatable(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """As calling it, but what `drop_observation` replaces hangs on the seed and these rows, not on the batches before.
+
+        So a training that is resumed, or evaluated in between, sees what it would have seen otherwise; a row that comes
+        again in another batch is drawn anew.
+
+        Examples
+        --------
+        >>> from labkit.testbeds.tool_questions import rows
+        >>> from labkit.testbeds.tokenizers import byte_tokenizer
+        >>> from labkit.rlhf.themis import SPECIAL_TOKENS
+        >>> tokenizer, some = byte_tokenizer(), rows("week_day", 4)
+        >>> _ = tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+        >>> collate = ThemisCollator(tokenizer, drop_observation=0.5)
+        >>> first, second = collate.repeatable(some), collate.repeatable(some)
+        >>> bool((first["input_ids"] == second["input_ids"]).all())
+        True
+        """
+        said = [
+            (row.get("question"), *((row.get(which) or {}).get("answer") for which in (_CHOSEN, _REJECTED)))
+            for row in rows
+        ]
+        self._rng = random.Random(f"{self.seed} {said}")
+        return self(rows)
 
     def encode(self, row: Mapping[str, Any], which: str) -> tuple[list[int], list[int], list[int]]:
         """Tokens, labels and parts of one of a row's two answers, the end-of-text token included."""

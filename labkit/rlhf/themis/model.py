@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 from labkit.rlhf.positions import check_length
 from labkit.rlhf.themis.losses import ThemisLoss, ranking_loss
 from labkit.rlhf.themis.traces import SPECIAL_TOKENS, Example, Trace, token_ids
-from labkit.rlhf.themis.tracing import run_traces
+from labkit.rlhf.themis.tracing import check_tracing, run_traces
 from labkit.rlhf.themis.verdicts import Tools
 
 Pooling = Literal["last", "mean"]
@@ -324,6 +324,16 @@ class ThemisRewardModel(nn.Module):
     ) -> list[Trace]:
         """Judge answers with tools: see `run_traces`."""
         return run_traces(self, tokenizer, bank, examples, **tracing)
+
+    def check_tracing(self, **tracing: Any) -> None:
+        """Raise for arguments that `judge` would not take.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For unknown names, and for numbers and options that `run_traces` refuses.
+        """
+        check_tracing(self, **tracing)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``generate`` of the language model."""

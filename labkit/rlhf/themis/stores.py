@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,21 @@ _SKIES = (
 )
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON, gzipped or not."""
     path = Path(path)
     data = path.read_bytes()
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+
+
+def _mapping(store: Any, what: str) -> Mapping[str, Any]:
+    """A store that was given, or read from the file that was named."""
+    found = read_json(store) if isinstance(store, str | os.PathLike) else store
+    if not isinstance(found, Mapping):
+        where = f"; {store} holds" if found is not store else ", got"
+        kind = type(found).__name__
+        raise TypeError(f"store must map {what}, or be the path of a JSON file that does{where} {kind}")
+    return found
 
 
 class WeatherCache(Tool):
@@ -41,6 +52,11 @@ class WeatherCache(Tool):
     fetch : callable, optional
         Asked for what the store lacks, for instance a weather service with a key of your own; what it returns is kept.
         Without it such an input is answered ``None``, as in the release.
+
+    Raises
+    ------
+    TypeError
+        For a store, or a file, that holds something else.
 
     Examples
     --------
@@ -57,9 +73,13 @@ class WeatherCache(Tool):
     def __init__(
         self, store: Mapping[str, str] | str | Path, fetch: Callable[[str], str] | None = None
     ) -> None:
-        found = store if isinstance(store, Mapping) else read_json(store)
-        if not isinstance(found, Mapping) or not all(isinstance(text, str) for text in found.values()):
-            raise TypeError("store must map 'City, YYYY-MM-DD' to the text of an observation")
+        found = _mapping(store, "'City, YYYY-MM-DD' to the text of an observation")
+        wrong = next((key for key, text in found.items() if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"store must map 'City, YYYY-MM-DD' to the text of an observation; that of {wrong!r} is a "
+                f"{type(found[wrong]).__name__}"
+            )
         self.store = dict(found)
         self.fetch = fetch
 
@@ -115,6 +135,11 @@ class Translator(Tool):
     translate : callable, optional
         Asked for what the store lacks, for instance a transformers translation model; what it returns is kept.
 
+    Raises
+    ------
+    TypeError
+        For a store, or a file, that holds something else.
+
     Examples
     --------
     >>> Translator({"Guten Tag": "Good day"})("Guten Tag ", {})
@@ -129,7 +154,7 @@ class Translator(Tool):
         store: Mapping[str, Any] | str | Path | None = None,
         translate: Callable[[str], str] | None = None,
     ) -> None:
-        found = {} if store is None else store if isinstance(store, Mapping) else read_json(store)
+        found = {} if store is None else _mapping(store, "texts to their English")
         pairs = [
             (item["question"], item["answer"]) if isinstance(item, Mapping) else (key, item)
             for key, item in found.items()

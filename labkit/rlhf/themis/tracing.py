@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from labkit.rlhf.logprobs import plain
 from labkit.rlhf.themis.reading import Judge, Reader
 from labkit.rlhf.themis.traces import (
     OBSERVATION,
@@ -23,6 +27,7 @@ from labkit.rlhf.themis.verdicts import Tools
 
 _TAKEN = {"attention_mask", "eos_token_id", "input_ids", "num_return_sequences", "past_key_values"}
 _TAKEN |= {"return_dict_in_generate"}
+_OWN = ("max_rounds", "max_new_tokens", "batch_size", "rationale", "reuse_cache")
 
 
 def run_trace(
@@ -129,6 +134,50 @@ def _judging(model: Judge, tokenizer: Any) -> Iterator[None]:
             module.training = training
 
 
+def check_tracing(
+    model: Any, *, max_rounds: int = 3, max_new_tokens: int = 256, batch_size: int = 16, **more: Any
+) -> None:
+    """Raise for arguments that `run_traces` would not take with this model, before any trace is begun.
+
+    Raises
+    ------
+    TypeError
+        For a name that neither it nor ``generate`` of the model knows.
+    ValueError
+        For a number below 1, or an option of ``generate`` that traces need for themselves.
+    """
+    if max_rounds < 1 or max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"max_rounds, max_new_tokens and batch_size must be at least 1, got {max_rounds}, {max_new_tokens} and "
+            f"{batch_size}"
+        )
+    names = set(more) - set(_OWN)
+    taken = sorted(_TAKEN & names)
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)} cannot be set: each answer gets one trace, read on round by round"
+        )
+    inner = getattr(model, "causal_lm", None)
+    if inner is None or "custom_generate" in more:
+        return  # a generate of one's own takes what it takes
+    inner = plain(inner)
+    known = {*_OWN, *vars(GenerationConfig()), "assistant_tokenizer"}
+    known |= {*inspect.signature(inner.generate).parameters, *inspect.signature(inner.forward).parameters}
+    for name in sorted(names - known):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"its own are {', '.join(_OWN)}"
+        raise TypeError(
+            f"{name!r} is no argument of run_traces, nor of generate of {type(inner).__name__}; {hint}"
+        )
+
+
+def _check_bank(bank: Any) -> None:
+    if not hasattr(bank, "counts") or not callable(getattr(bank, "call", None)):
+        raise TypeError(
+            f"bank must be a ToolBank, got {type(bank).__name__}; ToolBank([Calculator(), ...]) makes one"
+        )
+
+
 @torch.no_grad()
 def run_traces(
     model: Judge,
@@ -181,7 +230,7 @@ def run_traces(
         For fewer than one round, options of ``generate`` that traces need for themselves, a question with its answer
         that fills the model's positions, or a tokenizer that lacks the three tokens or does not belong to the model.
     TypeError
-        For an example that is neither.
+        For an example that is neither, a bank that is none, or an argument that neither this nor ``generate`` knows.
 
     Examples
     --------
@@ -195,17 +244,11 @@ def run_traces(
     >>> [isinstance(trace.reward, float) for trace in traces]
     [True, True]
     """
+    _check_bank(bank)
     special = model.check_tokenizer(tokenizer)
-    if max_rounds < 1 or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"max_rounds, max_new_tokens and batch_size must be at least 1, got {max_rounds}, {max_new_tokens} and "
-            f"{batch_size}"
-        )
-    taken = sorted(_TAKEN & set(generation))
-    if taken:
-        raise ValueError(
-            f"{', '.join(taken)} cannot be set: each answer gets one trace, read on round by round"
-        )
+    check_tracing(
+        model, max_rounds=max_rounds, max_new_tokens=max_new_tokens, batch_size=batch_size, **generation
+    )
     given = [_as_example(example) for example in examples]
     form = TraceFormat(rationale)
     out: list[Trace] = []

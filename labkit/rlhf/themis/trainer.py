@@ -21,6 +21,7 @@ class ThemisTrainer(Trainer):
     args : TrainingArguments
         ``remove_unused_columns`` is switched off, since rows are nested.
     data_collator : ThemisCollator
+        Its `ThemisCollator.repeatable` makes the batches, so that a resumed training is the uninterrupted one.
     **kwargs
         Further arguments of ``Trainer``.
 
@@ -53,7 +54,7 @@ class ThemisTrainer(Trainer):
         args.remove_unused_columns = False
         self._sums: dict[str, float] = {}
         self._seen = 0
-        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator.repeatable, **kwargs)
         # The loss is a mean of the batch: Trainer is to divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
         self._pairs = data_collator
@@ -86,3 +87,7 @@ class ThemisTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target = self.accelerator.unwrap_model(model or self.model)
         target.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Trainer's own reads the file of weights into the whole model, whose names differ from those of the files.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -41,6 +41,8 @@ class JudgeReward:
                 "ThemisRewardModel.from_causal_lm(model, tokenizer) makes one"
             )
         model.check_tokenizer(tokenizer)
+        if hasattr(model, "check_tracing"):
+            model.check_tracing(**tracing)
         self.bank, self.model, self.tokenizer, self.tracing = bank, model, tokenizer, dict(tracing)
         self.__name__ = "themis_reward"  # trainers log rewards by this
         self.traces: list[Trace] = []

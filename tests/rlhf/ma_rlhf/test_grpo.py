@@ -123,6 +123,8 @@ def test_it_trains_by_macro_actions(tmp_path: Path) -> None:
 def test_settings_without_room_for_groups_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"segmenter must be a callable such as FixedNgram\(5\), got 5"):
         grpo(tmp_path, MacroGRPOTrainer, segmenter=5)
+    with pytest.raises(ValueError, match=r"FixedNgram\(.*n=3\) skips an id .*: leave phantom=False"):
+        grpo(tmp_path, MacroGRPOTrainer, segmenter=FixedNgram(3, phantom=True))
     options = {"importance_sampling_level": "sequence"}
     with pytest.raises(ValueError, match="importance_sampling_level='sequence' leaves no ratios to groups"):
         grpo(tmp_path, MacroGRPOTrainer, options, segmenter=FixedNgram(3))

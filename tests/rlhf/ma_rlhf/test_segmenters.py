@@ -182,6 +182,27 @@ def test_a_parser_that_rewrites_falls_back_to_tokens() -> None:
     assert len(sizes(ids[1])) < 14
 
 
+def test_a_tree_without_leaves_falls_back_to_tokens() -> None:
+    tokenizer = byte_tokenizer()
+    tokens, mask = batch_of(tokenizer, ["one two three."])
+    for tree in ([], [[], [[]]]):
+        assert constituents(tree, 3) == []
+        rule = ConstituencyCutoff(lambda text, tree=tree: tree, cutoff=3)
+        with pytest.warns(UserWarning, match="tree of the sentence 'one two three.' has no leaf"):
+            ids = rule(tokens, mask, tokenizer=tokenizer)
+        assert sizes(ids[0]) == [1] * 14
+    assert constituents([[], ["a", "b"], [[]], ["c"]], 3) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("tree", [None, 3, ["one", [None]]])
+def test_a_parser_that_returns_no_tree_is_named(tree: object) -> None:
+    rule = ConstituencyCutoff(lambda text: tree)
+    with pytest.raises(
+        TypeError, match=r"result for the sentence 'one two': a tree must be .* got (None|3) \("
+    ):
+        rule.places("one two")
+
+
 @pytest.mark.parametrize("n", [0, -3, 2.0, True, "5", math.inf])
 def test_n_must_be_a_whole_number(n: object) -> None:
     with pytest.raises(ValueError, match=f"n must be a whole number of at least 1, got {n!r}"):

@@ -16,6 +16,7 @@ from sklearn.exceptions import NotFittedError
 from labkit import rlhf
 from labkit.testbeds import length_biased_judges
 from labkit.testbeds.language import text_tokenizer
+from labkit.testbeds.models import tiny
 
 
 def likes_length(prompts, completions, **columns):
@@ -154,6 +155,89 @@ def test_inside_a_trainer_the_curve_learns_once_per_rollout_from_all_processes()
     assert again.calibrator.transform([50.0], [1.0]) == wrapped.calibrator.transform([50.0], [1.0])
 
 
+def test_a_function_gets_what_it_names():
+    def narrow(prompts, completions):
+        return likes_length(prompts, completions)
+
+    def graded(completions, level):
+        return [one * factor for one, factor in zip(likes_length(None, completions), level, strict=True)]
+
+    def kept(prompts, completions, **columns):
+        assert set(columns) == set(given)
+        return likes_length(prompts, completions)
+
+    given = {"level": [2.0] * 40, "completion_ids": [[1]] * 40, "prompt_ids": [[2]] * 40}
+    for function, factor in ((narrow, 1.0), (graded, 2.0), (kept, 1.0)):
+        wrapped = rlhf.CalibratedRewardModel(function, rlhf.LinearCalibrator(alpha=0.0))
+        raw = wrapped.fit(PROMPTS, TEXTS, **given)(PROMPTS, TEXTS, **given)
+        assert np.allclose(raw, factor * np.array(likes_length(PROMPTS, TEXTS)))
+        scores = rlhf.call_reward(
+            wrapped, PROMPTS, TEXTS, [[1]] * 40, {"level": [2.0] * 40}, prompt_ids=[[2]] * 40
+        )
+        assert np.allclose(scores, raw)
+
+
+def test_lengths_are_those_of_the_answers_whatever_a_function_does_to_its_list():
+    def emptying(prompts, completions):
+        found = likes_length(prompts, completions)
+        completions[:] = [""] * len(completions)
+        return found
+
+    texts = list(TEXTS)
+    wrapped = rlhf.CalibratedRewardModel(emptying, rlhf.LinearCalibrator()).fit(PROMPTS, texts)
+    assert texts == TEXTS
+    assert np.ptp(wrapped(PROMPTS, texts)) < 1e-9
+
+
+def sometimes(prompts, completions):
+    # Texts of 15 words or a multiple get no reward; their lengths would bend any curve.
+    return [None if len(text) % 75 == 0 else 0.01 * len(text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "make", [rlhf.LinearCalibrator, rlhf.LowessCalibrator, lambda: rlhf.RunningLowess(warmup=20, every=1)]
+)
+def test_none_stays_none_and_is_left_out(make):
+    wrapped = rlhf.CalibratedRewardModel(sometimes, make()).fit(PROMPTS, TEXTS)
+    some = [text for text in TEXTS if len(text) % 75]
+    assert 30 < len(some) < 40
+    alone = rlhf.CalibratedRewardModel(sometimes, make()).fit(PROMPTS[: len(some)], some)
+    found = wrapped(PROMPTS, TEXTS)
+    assert [one is None for one in found] == [len(text) % 75 == 0 for text in TEXTS]
+    assert [one for one in found if one is not None] == alone(PROMPTS[: len(some)], some)
+    assert wrapped.metrics() == alone.metrics()
+    assert rlhf.call_reward(wrapped, PROMPTS, TEXTS, [[1]] * 40).isfinite().all()
+    assert wrapped([""], ["x" * 75]) == [None]
+    assert wrapped.metrics() == {}
+
+
+def test_after_a_training_the_curve_learns_from_each_batch_again():
+    wrapped = rlhf.CalibratedRewardModel(likes_length, rlhf.RunningLowess(warmup=60, every=1, window=100))
+    tokenizer = text_tokenizer()
+    config = rlhf.PPOConfig(iterations=2, batch_size=4, max_new_tokens=3, eos_token_id=None)
+    policy = tiny("llama", width=16, heads=2, layers=1, vocab=len(tokenizer))
+    trainer = rlhf.PPOTrainer(policy, wrapped, config, [{"prompt": "hi"}], processing_class=tokenizer)
+    for done, _ in enumerate(trainer, start=1):
+        assert wrapped.calibrator._batches == done
+        wrapped(PROMPTS, TEXTS)
+        assert wrapped.calibrator._batches == done + (done == 2), "amid a training only rollouts count"
+    assert len(wrapped.calibrator._lengths) == 48
+    assert np.ptp(wrapped(PROMPTS, TEXTS)) < 0.2 * np.ptp(likes_length(PROMPTS, TEXTS))
+    other = rlhf.PPOTrainer(policy, wrapped, config, [{"prompt": "hi"}], processing_class=tokenizer)
+    wrapped(PROMPTS, TEXTS)
+    assert (wrapped.calibrator._batches, other.remaining) == (4, 2)
+
+
+def test_a_trainers_curve_learns_without_those_that_are_none():
+    wrapped = rlhf.CalibratedRewardModel(sometimes, rlhf.RunningLowess(warmup=20, every=1))
+    trainer = SimpleNamespace(gather=lambda rows: torch.cat([rows, rows]))
+    wrapped.setup(trainer)
+    wrapped(PROMPTS, TEXTS)
+    wrapped.update(batch=None)
+    assert len(wrapped.calibrator._rewards) == 2 * sum(one is not None for one in sometimes(PROMPTS, TEXTS))
+    assert np.isfinite(wrapped.calibrator._rewards).all()
+
+
 def test_running_lowess_is_a_fit_on_its_window():
     rng = np.random.default_rng(0)
     running = rlhf.RunningLowess(window=200, every=2, warmup=50, frac=0.5, alpha=0.8)
@@ -248,9 +332,9 @@ def test_bad_calls_are_refused():
     short = rlhf.CalibratedRewardModel(lambda **columns: [1.0], rlhf.LinearCalibrator())
     with pytest.raises(ValueError, match="1,\\) scores for 40 completions"):
         short.fit(PROMPTS, TEXTS)
-    none = rlhf.CalibratedRewardModel(lambda completions, **c: [1.0, None, 1.0], rlhf.LinearCalibrator())
+    nan = rlhf.CalibratedRewardModel(lambda completions, **c: [None, np.nan, 1.0], rlhf.LinearCalibrator())
     with pytest.raises(ValueError, match="reward of completion 1 is nan"):
-        none.fit(["", "", ""], ["a", "b", "c"])
+        nan.fit(["", "", ""], ["a", "b", "c"])
     with pytest.raises(ValueError, match="needs its tokenizer"):
         rlhf.CalibratedRewardModel(classifier(), rlhf.LinearCalibrator()).fit(PROMPTS, TEXTS)
     model = classifier()

@@ -15,6 +15,7 @@ from labkit.rlhf import (
     ThemisRewardModel,
     ToolBank,
     TraceFormat,
+    run_trace,
     run_traces,
 )
 from labkit.rlhf.themis import FAILED, SPECIAL_TOKENS
@@ -200,6 +201,42 @@ def test_options_that_traces_need_for_themselves(model, tokenizer):
         run_traces(
             model, tokenizer, ToolBank([]), [("q", "a")], num_return_sequences=2, return_dict_in_generate=True
         )
+
+
+@pytest.mark.parametrize("bank", [[Calculator()], None, Calculator(), Calculator])
+def test_banks_that_are_none(model, tokenizer, bank):
+    kind = type(bank).__name__
+    with pytest.raises(TypeError, match=rf"bank must be a ToolBank, got {kind}; ToolBank\(\["):
+        model.judge(tokenizer, bank, [("q", "a")])
+    with pytest.raises(TypeError, match="bank must be a ToolBank"):
+        run_trace(model, tokenizer, bank, "q", "a")
+
+
+def test_arguments_of_no_function(model, tokenizer):
+    bank = ToolBank([Calculator()])
+    for judging in (
+        lambda **tracing: run_traces(model, tokenizer, bank, [("q", "a")], **tracing),
+        lambda **tracing: bank.as_reward_fn(model, tokenizer, **tracing),
+    ):
+        with pytest.raises(TypeError, match="'max_round' is no argument .* did you mean 'max_rounds'"):
+            judging(max_round=3)
+        with pytest.raises(
+            TypeError, match="'xyzzy' is no argument of run_traces, nor of .* LlamaForCausalLM; its own"
+        ):
+            judging(xyzzy=3)
+        with pytest.raises(ValueError, match="must be at least 1, got 0, 256 and 16"):
+            judging(max_rounds=0)
+        with pytest.raises(ValueError, match="num_return_sequences cannot be set"):
+            judging(num_return_sequences=2)
+    known = {
+        "temperature": 0.7,
+        "do_sample": True,
+        "logits_processor": [],
+        "rationale": False,
+        "reuse_cache": False,
+    }
+    reward = bank.as_reward_fn(model, tokenizer, max_rounds=1, max_new_tokens=2, batch_size=2, **known)
+    assert len(reward(["q"], ["a"])) == 1
 
 
 def test_tests_as_one_text():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from labkit.rlhf import ThemisCollator, ThemisLoss, ThemisRewardModel, ThemisTrainer, TraceFormat
@@ -142,6 +143,25 @@ def test_dropped_observations(tokenizer, model):
     assert seen == [
         FAILED in one for _ in range(10) for one in tokenizer.batch_decode(again(ROWS)["input_ids"])
     ]
+
+
+def test_repeatable_draws_hang_on_the_batch_alone(tokenizer, model):
+    rows = [row(f"2015-03-{day:02}") for day in range(1, 31)]
+
+    def failed(collate, some):
+        return [FAILED in one for one in tokenizer.batch_decode(collate.repeatable(some)["input_ids"])]
+
+    collate, another = (ThemisCollator(tokenizer, drop_observation=0.3, seed=4) for _ in range(2))
+    batches = [rows[:10], rows[10:20], rows[20:]]
+    seen = [failed(collate, some) for some in batches]
+    assert [failed(another, some) for some in batches[::-1]] == seen[::-1]
+    assert len({tuple(one) for one in seen}) == 3
+    assert failed(collate, rows[1:10]) != seen[0][1:10] + seen[0][11:20]
+    assert failed(ThemisCollator(tokenizer, drop_observation=0.3, seed=5), rows[:10]) != seen[0]
+    rate = sum(sum(failed(collate, [one] * 4)) for one in rows) / (8 * len(rows))
+    assert abs(rate - 0.3) < 0.1
+    with pytest.raises(ValueError, match="without 'neg_answer'"):
+        collate.repeatable([{"question": "?", "pos_answer": rows[0]["pos_answer"]}])
 
 
 def test_a_long_text_keeps_its_end(tokenizer, model):
@@ -290,12 +310,12 @@ def arguments(folder, **more):
     )
 
 
-def test_trainer_learns_and_resumes(tmp_path):
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_trainer_learns_and_resumes(tmp_path, drop):
     def trainer(folder, **more):
         model, tokenizer = made("llama")
-        return ThemisTrainer(
-            model, arguments(folder, **more), ThemisCollator(tokenizer), train_dataset=ROWS * 4
-        )
+        collator = ThemisCollator(tokenizer, drop_observation=drop)
+        return ThemisTrainer(model, arguments(folder, **more), collator, train_dataset=ROWS * 4)
 
     whole = trainer(tmp_path / "a")
     whole.train()
@@ -312,6 +332,33 @@ def test_trainer_learns_and_resumes(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-3"))
     for name, tensor in whole.model.state_dict().items():
         assert torch.allclose(tensor, resumed.model.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_trainer_loads_the_best_model_at_its_end(tmp_path, lora):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = made("llama")
+    if lora:
+        model = ThemisRewardModel(get_peft_model(model.causal_lm, LoraConfig(r=4, target_modules=["q_proj"])))
+    args = arguments(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best model is not the last
+    )
+    trainer = ThemisTrainer(model, args, ThemisCollator(tokenizer), train_dataset=ROWS * 4, eval_dataset=ROWS)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    ends = [load_file(tmp_path / f"checkpoint-{n}/v_head.safetensors")["weight"] for n in (3, 6)]
+    assert torch.equal(model.v_head.weight, ends[0])
+    assert not torch.equal(*ends)
+    batch = ThemisCollator(tokenizer)(ROWS)
+    base = made("llama")[0].causal_lm if lora else None
+    best = ThemisRewardModel.from_pretrained(tmp_path / "checkpoint-3", base).eval()
+    assert torch.allclose(model.eval()(**batch).loss, best(**batch).loss, atol=1e-6)
 
 
 def test_accumulated_batches_are_a_mean(tmp_path):

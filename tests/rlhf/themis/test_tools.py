@@ -21,6 +21,7 @@ from labkit.rlhf import (
     tool,
 )
 from labkit.rlhf.themis import BM25, FAILED
+from labkit.rlhf.themis.code_runner import code_blocks
 from labkit.sandbox import Sandbox, SandboxUnavailable
 
 # ------------------------------------------------------------------------------------------- arithmetic
@@ -70,6 +71,9 @@ def test_arithmetic(text, value):
         "",
         "(" * 500 + "1" + ")" * 500,
         "1+" * 600 + "1",
+        "1_000",
+        "2_005 + 1",
+        "0x10",
         "abs(1, 2)",
         "sqrt(x=4)",
         "1\n2",
@@ -109,6 +113,7 @@ def test_arithmetic_agrees_with_python_on_random_expressions():
         ("<<2*3=6>>6", "six", "none", "none"),
         ("", "#### 6", "both", "both"),
         ("<<9**9**9=1>>1", "#### 1", "both", "both"),
+        ("<<500*2=1_000>>1_000", "#### 1000", "process wrong", "process wrong"),
     ],
 )
 def test_verdicts(marks, answer, strict, loose):
@@ -178,6 +183,19 @@ def test_weather_store(tmp_path):
     assert asked == ["Nowhere, 2023-06-23"]
     with pytest.raises(TypeError, match="store must map"):
         WeatherCache({"Suzhou, 2023-06-23": 3})
+
+
+@pytest.mark.parametrize("kind", [WeatherCache, Translator])
+def test_stores_that_are_none(kind, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(
+        TypeError, match=r"store must map '?(City|texts).* path of a JSON file that does, got list"
+    ):
+        kind([1])
+    with pytest.raises(TypeError, match=r"store must map .*; .*list\.json holds list"):
+        kind(tmp_path / "list.json")
+    with pytest.raises(TypeError, match="got int"):
+        kind(3)
 
 
 def test_weather_in_the_words_of_the_release():
@@ -298,6 +316,44 @@ def test_code(runner, code, expected):
     observation = runner("Same as the answer", {"answer": code, "test_list": SQUARE})
     assert observation.startswith(expected), observation
     assert runner.score(observation) == pytest.approx(float(expected.split()[4].rstrip(".")))
+
+
+SQUARED = "def f(x): return x * x\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```\n{SQUARED}```",
+        f"```Python\n{SQUARED}```",
+        f"``` PYTHON 3.11\n{SQUARED}```",
+        f"```python3 title=x\n{SQUARED}```",
+        f"Here:\n```py\n{SQUARED}",
+        f"Here:\n```\n{SQUARED}",
+        "```python\nfrom math import prod\n```\nthen\n```python\ndef f(x): return prod([x, x])\n```",
+        f"```\n{SQUARED}```\nso that\n```\nf(3) gives 9\n```",
+        f"```python\n{SQUARED}```\nFor example:\n```python\n>>> f(3)\n9\n```",
+        f"```python\n{SQUARED}```\nIt prints\n```\nraise\n```\nRun it by\n```bash\npython f.py\n```",
+        f"```bash\npip install nothing\n```\n```\n{SQUARED}```",
+        f"# `f` squares\n{SQUARED}",
+    ],
+)
+def test_code_in_fences(runner, answer):
+    assert runner.run(answer, SQUARE).pass_rate == 1, answer
+
+
+@pytest.mark.parametrize(
+    "answer", ["```js\nf = x => x * x\n```", "```python\ndef f(x:\n```\n```python\ny = 1\n```", "```"]
+)
+def test_fences_without_the_answer(runner, answer):
+    assert runner.run(answer, SQUARE).pass_rate == 0
+
+
+def test_many_fences_are_read_at_once():
+    start = time.process_time()
+    for text in ("```" * 20_000, "```\n" * 20_000, "```py " + " " * 50_000, "```py\n" + "`` \n" * 20_000):
+        code_blocks(text)
+    assert time.process_time() - start < 0.5
 
 
 def test_code_without_end(runner):
