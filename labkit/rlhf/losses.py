@@ -107,7 +107,7 @@ def policy_loss(
     Raises
     ------
     ValueError
-        For an unknown ratio, or ``"joint"`` without segments.
+        For an unknown ratio, ``"joint"`` without segments, or a `clip` that is not positive.
 
     Examples
     --------
@@ -115,6 +115,7 @@ def policy_loss(
     >>> float(policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2), clip=0.2))  # mean of -1.2 (clipped) and -1
     -1.1...
     """
+    _check_clip(clip)
     return policy_terms(logprobs, old, advantages, mask, clip, ratio=ratio, segments=segments).mean
 
 
@@ -149,10 +150,22 @@ def value_loss(
     Tensor
         Scalar, with the factor 1/2.
 
+    Raises
+    ------
+    ValueError
+        For a `clip` that is not positive.
+
     Examples
     --------
     >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
     >>> float(value_loss(one, zero, one, one, clip=0.2)), float(value_loss(one, zero, one, one, clip=None))
     (0.32..., 0.0)
     """
+    if clip is not None:
+        _check_clip(clip)
     return value_terms(values, old, returns, mask, clip).mean
+
+
+def _check_clip(clip: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, for example 0.2, got {clip}")

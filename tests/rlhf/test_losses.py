@@ -87,3 +87,11 @@ def test_bad_ratios_are_named() -> None:
         policy_loss(x, x, x, x, ratio="macro")
     with pytest.raises(ValueError, match="needs segments"):
         policy_loss(x, x, x, x, ratio="joint")
+
+
+@pytest.mark.parametrize("clip", [-1.0, 0.0, float("nan")])
+def test_a_clip_must_be_positive(clip):
+    one = torch.ones(1, 2)
+    for loss in (policy_loss, value_loss):
+        with pytest.raises(ValueError, match="clip must be positive"):
+            loss(one, one, one, one, clip=clip)
