@@ -87,7 +87,8 @@ def judge(claim: Claim, size: str, values: Sequence[float] | None) -> Verdict:
     size : str
         Size that was run; selects the threshold.
     values : sequence of float, or None
-        One finite number per seed. None is allowed only where the claim is untestable.
+        One finite number per seed. None is allowed only where the claim is untestable, or is about data that is not
+        shipped.
 
     Raises
     ------
@@ -100,6 +101,8 @@ def judge(claim: Claim, size: str, values: Sequence[float] | None) -> Verdict:
         raise ValueError(
             f"claim {claim.id!r}: values {numbers} are not all finite; a failed seed must be repeated"
         )
+    if not reason and not numbers and claim.without_data:
+        reason = claim.without_data
     if not reason and not numbers:
         raise ValueError(
             f"claim {claim.id!r} can be tested at size {size!r}: give one value per seed, not {values!r}"
@@ -115,7 +118,7 @@ def judge(claim: Claim, size: str, values: Sequence[float] | None) -> Verdict:
         close = bounds is not None and bounds[0] < bounds[1] and bounds[0] <= threshold <= bounds[1]
     return Verdict(
         id=claim.id,
-        text=claim.text,
+        text=claim.sentence,
         metric=claim.metric,
         unit=claim.unit,
         direction=claim.direction,
@@ -136,11 +139,13 @@ def number(value: float | None, unit: str = "") -> str:
 
     Examples
     --------
-    >>> number(0.58312), number(1234.5), number(None), number(12.34, "%")
-    ('0.583', '1234', '–', '12.3 %')
+    >>> number(0.58312), number(1234.5), number(None), number(12.34, "%"), number(1e-6)
+    ('0.583', '1234', '–', '12.3 %', '1e-06')
     """
     if value is None:
         return "–"
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.1g}" + (f" {unit}" if unit else "")
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}" + (f" {unit}" if unit else "")
 

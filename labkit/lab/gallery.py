@@ -49,14 +49,25 @@ class Entry:
         found = []
         for row in self.record.get("claims", []):
             known = next((claim for claim in self.paper.claims if claim.id == row["id"]), None)
-            words = ("text", "metric", "paper_figure", "setting")
-            found.append({**{word: getattr(known, word, "") for word in words}, **row})
+            words = {
+                "text": "sentence",
+                "metric": "metric",
+                "paper_figure": "paper_figure",
+                "setting": "setting",
+            }
+            found.append({**{word: getattr(known, name, "") for word, name in words.items()}, **row})
         return found
 
     @property
     def counts(self) -> dict[str, int]:
         """How many claims got each verdict; verdicts that no claim got are left out."""
         given = [row["verdict"] for row in self.record.get("claims", [])]
+        return {name: given.count(name) for name in SIGNS if name in given}
+
+    @property
+    def close(self) -> dict[str, int]:
+        """Of each verdict, how many other seeds might turn: the interval contains the threshold."""
+        given = [row["verdict"] for row in self.record.get("claims", []) if row.get("close")]
         return {name: given.count(name) for name in SIGNS if name in given}
 
     @property
@@ -235,7 +246,8 @@ def markdown(base: str = "") -> str:
     for entry in entries():
         paper = entry.paper
         title, drag = (text.replace("|", "\\|") for text in (paper.title, paper.drag))
-        counts = ", ".join(f"{count} {name}" for name, count in entry.counts.items())
+        close = {name: f" ({count} close)" for name, count in entry.close.items()}
+        counts = ", ".join(f"{count} {name}{close.get(name, '')}" for name, count in entry.counts.items())
         opened = f"[notebook]({entry.link(base)})" if entry.path else "–"
         lines.append(f"| [{title}]({paper.url}) | {drag} | {counts or entry.state} | {opened} |")
     return "\n".join(lines)

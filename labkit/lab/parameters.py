@@ -47,18 +47,16 @@ def parse_parameters(paper: papers.Paper, given: Mapping[str, str]) -> dict[str,
     ValueError
         For an unknown name, with the nearest one, or text that is not a value of the parameter's type.
     """
-    defaults = paper.check({})
     values = {}
     for name, text in given.items():
-        if name not in defaults:
-            raise ValueError(f"{paper.slug} has no parameter {name!r}; {papers.nearest(name, defaults)}")
-        values[name] = parse_value(name, text, type(defaults[name]))
+        knob = paper.parameter(name)
+        values[name] = parse_value(name, text, type(knob.default), knob.allowed())
     paper.check(values)
     return values
 
 
-def parse_value(name: str, text: str, wanted: type) -> Any:
-    """One value from text, in the type of its parameter; ValueError if it is none."""
+def parse_value(name: str, text: str, wanted: type, allowed: str = "") -> Any:
+    """One value from text, in the type of its parameter; ValueError, saying what is allowed, if it is none."""
     if wanted is bool:
         if text.lower() in ("true", "1", "yes"):
             return True
@@ -67,8 +65,8 @@ def parse_value(name: str, text: str, wanted: type) -> Any:
     else:
         with contextlib.suppress(ValueError):
             return wanted(text)
-    choices = ", 'true' or 'false'" if wanted is bool else ""
-    raise ValueError(f"{name}={text!r} is not {'an' if wanted is int else 'a'} {wanted.__name__}{choices}")
+    remedy = "; 'true' or 'false'" if wanted is bool else f"; {allowed}" if allowed else ""
+    raise ValueError(f"{name}={text!r} is not {'an' if wanted is int else 'a'} {wanted.__name__}{remedy}")
 
 
 def run_key(parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

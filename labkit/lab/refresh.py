@@ -130,7 +130,7 @@ def settle(nb: Any, paper: papers.Paper, result: runner.RunResult) -> None:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.9g}")
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return value
@@ -154,7 +154,7 @@ def strip(paper: papers.Paper, record: dict[str, Any]) -> str:
         note = f" ({row['reason']})" if row["reason"] else ""
         close = ", close" if row.get("close") else ""
         lines.append(
-            f"| {_cell(paper.claim(row['id']).text)} | {_cell(claims.measured(row))} | {bound} "
+            f"| {_cell(paper.claim(row['id']).sentence)} | {_cell(claims.measured(row))} | {bound} "
             f"| {_SYMBOL[row['verdict']]} **{row['verdict']}**{close}{_cell(note)} |"
         )
     lines.append("")

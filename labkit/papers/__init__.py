@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 Size = Literal["smoke", "laptop", "gpu", "paper"]
 SIZES: tuple[str, ...] = ("smoke", "laptop", "gpu", "paper")
+_KINDS = {"paper": "", "control": " (our control)", "identity": " (an identity)"}
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -119,6 +120,11 @@ class Claim:
         What the paper reports, and on which models and data.
     min_seeds : int
         Fewer values than this decide nothing.
+    kind : {"paper", "control", "identity"}
+        Whether the paper says so, or the claim is a control of ours, or an equality that holds by construction.
+    without_data : str
+        Why a run may have no values at a size with a threshold: they are of data that is not shipped. Given values
+        are judged.
     """
 
     id: str
@@ -131,6 +137,13 @@ class Claim:
     paper_figure: str = ""
     setting: str = ""
     min_seeds: int = 3
+    kind: str = "paper"
+    without_data: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The claim, with a note if it is not the paper's."""
+        return self.text + _KINDS[self.kind]
 
     def passes(self, value: float, size: str) -> bool:
         """Whether `value` lies on the claimed side of the threshold of `size`."""
@@ -180,6 +193,13 @@ class Paper:
             f"Register it in labkit/papers/{self.slug}.toml before measuring it."
         )
 
+    def parameter(self, name: str) -> Knob:
+        """The parameter of that name: a knob, or one that all papers have; ValueError with the nearest otherwise."""
+        known = {**_COMMON, **self.knobs}
+        if name not in known:
+            raise ValueError(f"{self.slug} has no parameter {name!r}; {nearest(name, known)}")
+        return known[name]
+
     def check(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Complete and validate the parameters of a run: size, seed, device and the paper's knobs.
 
@@ -200,10 +220,9 @@ class Paper:
         TypeError
             For a value of the wrong type.
         """
-        known = {**_COMMON, **self.knobs}
         for name in parameters:
-            if name not in known:
-                raise ValueError(f"{self.slug} has no parameter {name!r}; {nearest(name, known)}")
+            self.parameter(name)
+        known = {**_COMMON, **self.knobs}
         checked = {name: knob.check(parameters.get(name, knob.default)) for name, knob in known.items()}
         if checked["size"] not in self.sizes:
             raise ValueError(f"size={checked['size']!r}: {self.slug} has the sizes {', '.join(self.sizes)}")
@@ -258,7 +277,7 @@ def parse(slug: str, data: Mapping[str, Any]) -> Paper:
     Raises
     ------
     ValueError
-        If a size is unknown, or a claim has neither a threshold nor a reason for one of the paper's sizes.
+        If a size or a claim's kind is unknown, or a claim has neither a threshold nor a reason for one of the paper's sizes.
     """
     sizes = {name: SizeNote(name, **note) for name, note in data["sizes"].items()}
     for name in sizes:
@@ -274,6 +293,10 @@ def parse(slug: str, data: Mapping[str, Any]) -> Paper:
         if claim.direction not in (">=", "<="):
             raise ValueError(
                 f"{slug}: claim {claim.id!r} has direction {claim.direction!r}; use '>=' or '<='"
+            )
+        if claim.kind not in _KINDS:
+            raise ValueError(
+                f"{slug}: claim {claim.id!r} has kind {claim.kind!r}; {nearest(claim.kind, _KINDS)}"
             )
         for name in sizes:
             if (name in claim.threshold) == (name in claim.untestable):

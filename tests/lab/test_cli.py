@@ -52,7 +52,7 @@ def test_bad_usage_is_one_line_and_code_two(arguments, message, repository, monk
     ("arguments", "message"),
     [
         (["-p", "buget=1"], "nacl has no parameter 'buget'; did you mean 'budget'?"),
-        (["-p", "budget=lots"], "budget='lots' is not a float"),
+        (["-p", "budget=lots"], "budget='lots' is not a float; any float from"),
         (["-p", "budget=7"], "budget=7.0 is out of range"),
         (["--size", "lptop"], "size 'lptop' is unknown; did you mean 'laptop'?"),
         (["--seed", "-1"], "seed=-1 is out of range"),

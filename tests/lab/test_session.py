@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -139,6 +140,21 @@ def test_untestable_sizes_take_no_values_and_testable_ones_do():
         claims.judge(CLAIM, "laptop", [0.1, float("nan"), 0.3])
 
 
+def test_a_claim_on_data_that_is_not_shipped_is_judged_where_it_is():
+    claim = replace(CLAIM, without_data="the data is not shipped", min_seeds=1)
+    absent = claims.judge(claim, "laptop", None)
+    assert (absent.verdict, absent.reason) == (claims.UNTESTABLE, "the data is not shipped")
+    assert claims.judge(claim, "laptop", [0.4]).verdict == claims.REPRODUCED
+    assert claims.judge(claim, "laptop", [0.2]).verdict == claims.NOT_REPRODUCED
+    assert claims.judge(claim, "smoke", [0.4]).reason == "one seed"
+
+
+def test_claims_that_are_not_the_papers_say_so():
+    control = claims.judge(replace(CLAIM, kind="control"), "laptop", [0.5] * 3)
+    assert control.text == "A <b> beats B. (our control)"
+    assert claims.judge(CLAIM, "laptop", [0.5] * 3).text == CLAIM.text
+
+
 def test_the_two_forms_of_the_table():
     table = claims.Verdicts("x", "laptop", (claims.judge(CLAIM, "laptop", [0.51, 0.62, 0.57]),))
     assert "0.57" not in str(table)  # measured digits may differ between processors
@@ -157,6 +173,9 @@ def test_a_paper_needs_a_threshold_or_a_reason_for_every_size():
         papers.parse("x", data)
     data["claims"][0] |= {"threshold": {"laptop": 1.0}, "direction": ">"}
     with pytest.raises(ValueError, match="'>=' or '<='"):
+        papers.parse("x", data)
+    data["claims"][0] |= {"direction": ">=", "kind": "contol"}
+    with pytest.raises(ValueError, match="kind 'contol'; did you mean 'control'"):
         papers.parse("x", data)
 
 
