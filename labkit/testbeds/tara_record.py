@@ -1,19 +1,19 @@
 """Everything that is recorded of the released tool-augmented reward data.
 
 ``python -m labkit.testbeds.tara_record`` measures it, in about nine minutes on one core, and writes
-``recordings/themis.json``; `judged` alone, what tools are worth to a linear reward, takes two.
+``recordings/themis.json``; `judged` alone, what tools are worth to a linear reward, takes two and a half.
 The data is found by :func:`labkit.testbeds.data.find` under the name ``themis``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
 
 from labkit.lab.bench import environment
@@ -88,7 +88,7 @@ def _seconds() -> float:
 
 
 def judged(trainings: Sequence[str] = ("single",)) -> dict[str, Any]:
-    """What tools are worth to a linear reward on the released pairs, measured now: about two minutes, mostly of code.
+    """What tools are worth to a linear reward on the released pairs, measured now: 2.5 minutes, mostly of code.
 
     See :func:`labkit.testbeds.tara_rewards.judged`.
 
@@ -155,7 +155,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     where = environment() | {
-        "scikit-learn": sklearn.__version__,
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
         "data": "TARA, commit 1601b5f6 of ernie-research/Tool-Augmented-Reward-Model",
     }
 
