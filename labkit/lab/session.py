@@ -244,7 +244,7 @@ class Run:
         changed = {
             name: (self.knobs[name], knob.default)
             for name, knob in self.paper.knobs.items()
-            if self.knobs[name] != knob.default
+            if self.knobs[name] not in (knob.default, *knob.registered)
         }
         result = claims.Verdicts(self.paper.slug, self.size, rows, changed)
         record = {

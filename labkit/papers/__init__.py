@@ -47,6 +47,9 @@ class Knob:
         The only values allowed.
     minimum, maximum : float, optional
         Inclusive bounds of a number.
+    registered : tuple, optional
+        Values beside the default for which the thresholds were registered too, such as the real data in place of a
+        stand-in. Any other value makes a run exploratory.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Knob:
     choices: tuple[Any, ...] | None = None
     minimum: float | None = None
     maximum: float | None = None
+    registered: tuple[Any, ...] = ()
 
     def check(self, value: Any) -> Any:
         """Return `value` in the knob's type.
@@ -285,9 +289,10 @@ def parse(slug: str, data: Mapping[str, Any]) -> Paper:
             raise ValueError(f"{slug}: size {name!r} is unknown; {nearest(name, SIZES)}")
     knobs = {}
     for name, entry in data.get("knobs", {}).items():
-        entry = {**entry, "choices": tuple(entry["choices"])} if "choices" in entry else entry
-        knobs[name] = Knob(name, **entry)
-        knobs[name].check(knobs[name].default)
+        lists = {key: tuple(entry[key]) for key in ("choices", "registered") if key in entry}
+        knobs[name] = Knob(name, **{**entry, **lists})
+        for value in (knobs[name].default, *knobs[name].registered):
+            knobs[name].check(value)
     claims = tuple(Claim(**entry) for entry in data["claims"])
     for claim in claims:
         if claim.direction not in (">=", "<="):

@@ -93,6 +93,6 @@ __getattr__, __dir__, __all__ = attach(
             "tool",
         ],
         "trainer": ["PPOTrainer"],
-        "values": ["ValueModel"],
+        "values": ["ValueModel", "load_value_head"],
     },
 )

@@ -20,8 +20,8 @@ class ActorCritic(nn.Module):
     Parameters
     ----------
     policy : transformers.PreTrainedModel or peft.PeftModel
-    value : ValueModel or "shared"
-        ``"shared"`` is a linear layer on the policy's own last hidden states.
+    value : ValueModel, torch.nn.Linear or "shared"
+        A linear layer is one on the policy's own last hidden states; ``"shared"`` is a new one.
     temperature : float
         Of the log-probabilities.
     entropy_grad : bool
@@ -49,7 +49,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.parts = anatomy(policy)
         self.policy = policy
-        self.shared = isinstance(value, str)
+        value = value_head(policy.config) if isinstance(value, str) else value
+        self.shared = isinstance(value, nn.Linear)
         if self.shared and isinstance(self.parts.head, nn.Identity):
             raise ValueError(
                 f"value_model='shared' needs the last hidden states of {type(policy).__name__}, which it does not "
@@ -67,7 +68,7 @@ class ActorCritic(nn.Module):
                 f"set that to 0, or dropout=True in PPOConfig"
             )
         device = next(policy.parameters()).device
-        self.value: nn.Module = value_head(policy.config).to(device) if self.shared else value
+        self.value: nn.Module = value.to(device) if self.shared else value
         self.temperature, self.entropy_grad, self.dropout, self.chunk = (
             temperature,
             entropy_grad,

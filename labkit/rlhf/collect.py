@@ -16,9 +16,9 @@ from labkit.rlhf.advantages import gae, macro_gae, whiten
 from labkit.rlhf.config import PPOConfig
 from labkit.rlhf.logprobs import plain, sequence_stats
 from labkit.rlhf.positions import check_length
-from labkit.rlhf.prompts import Prompts, end_tokens, pad_token
+from labkit.rlhf.prompts import Prompts, end_tokens, pad_token, vocabulary
 from labkit.rlhf.reference import Reference
-from labkit.rlhf.rewards import AdaptiveKL, call_reward, kl_penalty, name_of, token_rewards
+from labkit.rlhf.rewards import AdaptiveKL, call_reward, kl_penalty, name_of, token_rewards, unique_names
 from labkit.rlhf.rollout import RolloutBatch, generate_responses, left_pad, uniforms
 from labkit.rlhf.segments import count_segments, token_segments
 from labkit.training.processes import OneProcess
@@ -63,7 +63,17 @@ class Collector:
                 f"plain head as ref_model"
             )
         self.ends = end_tokens(config, prompts.tokenizer, model.policy)
-        self.pad = pad_token(config, prompts.tokenizer, self.ends)
+        self.pad = pad_token(config, prompts.tokenizer, self.ends, model.policy)
+        self.names = unique_names(rewards)
+        self.rows = vocabulary(model.policy)
+        self.readers = [("policy", model.policy)]
+        self.readers += [] if reference is None else [("reference", reference.model)]
+        self.readers += [("value model", model.value.backbone)] if hasattr(model.value, "backbone") else []
+        for what, reader in self.readers:
+            if vocabulary(reader) < self.rows:
+                raise ValueError(
+                    f"the {what} has {vocabulary(reader)} tokens and the policy {self.rows}: it must know all of them"
+                )
         self.metrics: dict[str, float] = {}
         self.clock: Callable[[], float] = time.perf_counter
         self.seconds: dict[str, float] = {}
@@ -116,12 +126,18 @@ class Collector:
         config, device = self.config, self.processes.device
         ids, prompts, columns = self.prompts.rows(iteration, first, last)
         prompt_ids, prompt_mask = left_pad(ids, self.pad, device)
-        check_length(
-            prompt_ids.shape[1] + config.max_new_tokens,
-            plain(self.model.policy),
-            f"a prompt of {prompt_ids.shape[1]} and max_new_tokens={config.max_new_tokens}, together a text",
-            "shorten one of them",
-        )
+        low, high = int(prompt_ids.min()), int(prompt_ids.max())
+        if low < 0 or high >= self.rows:
+            raise ValueError(
+                f"a prompt has the id {high if low >= 0 else low} and the policy {self.rows} tokens: take its own tokenizer"
+            )
+        for what, reader in self.readers:
+            check_length(
+                prompt_ids.shape[1] + config.max_new_tokens,
+                plain(reader),
+                f"a prompt of {prompt_ids.shape[1]} and max_new_tokens={config.max_new_tokens}, together a text",
+                f"shorten one of them (the {what} reads it)",
+            )
         rows = list(range(first, last))
         with self._timed("generate"):
             response = generate_responses(
@@ -182,21 +198,24 @@ class Collector:
 
     def _score(self, batch: RolloutBatch) -> list[tuple[str, Tensor]]:
         """Put the weighted sum of all rewards into the batch; returns each."""
-        answers: list[Any] = batch.completions
-        if batch.prompts and isinstance(batch.prompts[0], list) and isinstance(answers[0], str):
-            answers = [[{"role": "assistant", "content": text}] for text in answers]
+        answers = [
+            [{"role": "assistant", "content": text}]
+            if isinstance(prompt, list) and isinstance(text, str)
+            else text
+            for prompt, text in zip(batch.prompts, batch.completions, strict=True)
+        ]
         completion_ids = [row[real].tolist() for row, real in zip(batch.tokens, batch.mask, strict=True)]
         prompt_ids = [
             row[real].tolist() for row, real in zip(batch.prompt_ids, batch.prompt_mask, strict=True)
         ]
         found = [
             (
-                name_of(reward),
+                name,
                 call_reward(
                     reward, batch.prompts, answers, completion_ids, batch.columns, prompt_ids=prompt_ids
                 ).to(self.processes.device),
             )
-            for reward in self.rewards
+            for name, reward in zip(self.names, self.rewards, strict=True)
         ]
         batch.scores = torch.stack(
             [weight * scores for weight, (_, scores) in zip(self.weights, found, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from labkit.rlhf.rewards import AdaptiveKL
 from labkit.rlhf.segments import ALIASES
 
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -26,6 +27,41 @@ _AT_LEAST = {
         ("iterations", "batch_size", "minibatches", "epochs", "accumulate", "max_new_tokens", "keep"), 1
     ),
     **dict.fromkeys(("min_response", "top_k", "warmup", "checkpoint_every"), 0),
+}
+_OPTIONAL = {
+    "value_clip",
+    "score_clip",
+    "max_grad_norm",
+    "kl_target",
+    "value_learning_rate",
+    "missing_eos_penalty",
+}
+_FLAGS = ("match_temperature", "whiten_advantages", "whiten_rewards", "dropout", "find_unused_parameters")
+#: Arguments of ``generate`` that the trainer sets, or that end or multiply responses behind its back.
+_TAKEN = {
+    "assistant_model",
+    "attention_mask",
+    "do_sample",
+    "eos_token_id",
+    "generation_config",
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "logits_processor",
+    "max_length",
+    "max_new_tokens",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "pad_token_id",
+    "prompt_lookup_num_tokens",
+    "return_dict_in_generate",
+    "stop_strings",
+    "stopping_criteria",
+    "temperature",
+    "top_k",
+    "top_p",
 }
 _WITHIN: dict[str, tuple[float, float, str]] = {
     "gamma": (0, 1, "in [0, 1]"),
@@ -75,7 +111,8 @@ class PPOConfig:
         Take log-probabilities of ``logits / temperature``, the distribution that was sampled from (before top-k and
         top-p). False takes them at temperature 1, as DeepSpeed-Chat does; the ratio is then off-policy from the start.
     generation : mapping
-        More arguments for ``generate``, such as ``suppress_tokens``.
+        More arguments for ``generate``, such as ``suppress_tokens``. Log-probabilities know nothing of them. The model's
+        own ``generation_config`` is not asked.
     eos_token_id : int, sequence of int, "auto" or None
         What ends a response. ``"auto"`` asks the tokenizer, then the model. None: every response has T tokens.
     pad_token_id : int, optional
@@ -137,7 +174,7 @@ class PPOConfig:
     ValueError
         When a value is out of range, or `batch_size` can't be dealt into `minibatches`.
     TypeError
-        When `segmenter` is not callable.
+        When a value has another type, such as a `segmenter` that is not callable.
 
     Examples
     --------
@@ -206,12 +243,22 @@ class PPOConfig:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for name, (low, high, words) in _WITHIN.items():
             value = getattr(self, name)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, {words}; got {value!r}")
+            if not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name} must be {words}, got {value}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
+                also = {"value_pooling": (*ALIASES,), "ratio": ("macro",)}.get(name, ())
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(map(repr, (*allowed, *also)))}, got {getattr(self, name)!r}"
                 )
         if self.generation_batch is not None and self.generation_batch < 1:
             raise ValueError(f"generation_batch must be at least 1, or None, got {self.generation_batch}")
@@ -219,6 +266,16 @@ class PPOConfig:
             raise ValueError(
                 f"batch_size={self.batch_size} can't be dealt evenly into {self.minibatches} minibatches times "
                 f"{self.accumulate} micro-batches: take a multiple of {self.minibatches * self.accumulate}"
+            )
+        if self.min_response > self.max_new_tokens:
+            raise ValueError(
+                f"min_response={self.min_response} is more than max_new_tokens={self.max_new_tokens}: every response would "
+                "be left out"
+            )
+        AdaptiveKL(self.kl_coef, self.kl_target, self.kl_horizon).update(0.0, self.batch_size)  # raises
+        if isinstance(self.segmenter, type):
+            raise TypeError(
+                f"segmenter is the class {self.segmenter.__name__}: give an instance, such as FixedNgram(5)"
             )
         if self.segmenter is not None and not callable(self.segmenter):
             raise TypeError(
@@ -228,20 +285,11 @@ class PPOConfig:
             raise ValueError(
                 "ratio='joint' is the ratio of a macro action: give a segmenter, or ratio='token'"
             )
-        own = {
-            "do_sample",
-            "temperature",
-            "top_k",
-            "top_p",
-            "max_new_tokens",
-            "max_length",
-            "logits_processor",
-        }
-        clash = sorted(own & set(self.generation))
+        clash = sorted(_TAKEN & set(self.generation))
         if clash:
             raise ValueError(
-                f"generation has {clash}, which the trainer sets: use PPOConfig's own fields (temperature, top_k, "
-                f"top_p, max_new_tokens)"
+                f"generation has {clash}, which the trainer sets or cannot have: use PPOConfig's own fields (temperature, "
+                f"top_k, top_p, max_new_tokens, eos_token_id, pad_token_id)"
             )
 
     @property

@@ -62,8 +62,17 @@ class Updates(GlobalBatches):
             "top_k",
             "top_p",
             "match_temperature",
+            # Optimizer and controller come back with these, so that others asked for would not be taken.
+            "learning_rate",
+            "value_learning_rate",
+            "weight_decay",
+            "warmup",
+            "schedule",
+            "kl_coef",
+            "kl_target",
+            "kl_horizon",
         )
-        own = {name: getattr(config, name) for name in names}
+        own = {name: getattr(config, name) for name in names} | {"betas": list(config.betas)}
         return super().describe() | own | {"prompts": dict(self.prompts)}
 
     def rows(self, step: int, first: int, last: int) -> Minibatch:

@@ -28,18 +28,18 @@ class Prompts:
     """
 
     def __init__(self, dataset: Any, tokenizer: Any, batch: int, seed: int) -> None:
+        if isinstance(dataset, Mapping) or hasattr(dataset, "iloc"):
+            raise TypeError(
+                f"train_dataset must be a sequence of rows, got a {type(dataset).__name__}: choose a split of a "
+                "DatasetDict, or make rows with datasets.Dataset.from_dict or .from_pandas"
+            )
         self.batches = DatasetBatches(dataset, batch, collate=list, seed=seed)
         self.tokenizer = tokenizer
         first = dataset[0]
-        if not isinstance(first, Mapping):
-            raise TypeError(
-                f"rows of train_dataset must be mappings with a column 'prompt' or 'input_ids', got "
-                f"{type(first).__name__}"
-            )
-        if "prompt" not in first and "input_ids" not in first:
-            raise ValueError(
-                f"train_dataset has the columns {sorted(first)}: it needs 'prompt' (text or messages) or 'input_ids'"
-            )
+        self.columns = self._columns(0, first)
+        if isinstance(dataset, list | tuple):
+            for number, row in enumerate(dataset):
+                self._columns(number, row)
         taken = sorted({"prompts", "completions", "completion_ids", "prompt_ids"} & set(first))
         if taken:
             raise ValueError(
@@ -49,6 +49,28 @@ class Prompts:
             raise ValueError(
                 "the column 'prompt' holds text: pass processing_class=tokenizer, or give 'input_ids'"
             )
+        self._ids(first)  # raises what a chat template has to say
+
+    def _columns(self, number: int, row: Any) -> set[str]:
+        """Columns of a row, which are those of the first."""
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"rows of train_dataset must be mappings with a column 'prompt' or 'input_ids', got "
+                f"{type(row).__name__} as row {number}"
+            )
+        columns = set(row)
+        if not {"prompt", "input_ids"} & columns:
+            raise ValueError(
+                f"row {number} of train_dataset has the columns {sorted(columns)}: it needs 'prompt' (text or messages) or "
+                "'input_ids'"
+            )
+        wanted = getattr(self, "columns", columns)
+        if columns != wanted:
+            raise ValueError(
+                f"row {number} of train_dataset has the columns {sorted(columns)}, the first has {sorted(wanted)}: give all "
+                "rows the same"
+            )
+        return columns
 
     def rows(
         self, iteration: int, first: int, last: int
@@ -62,12 +84,20 @@ class Prompts:
 
     def _ids(self, row: Mapping[str, Any]) -> list[int]:
         if "input_ids" in row:
-            return [int(i) for i in row["input_ids"]]
-        if isinstance(row["prompt"], str):
-            return list(self.tokenizer(row["prompt"])["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        )
+            given = row["input_ids"]
+            if not hasattr(given, "__iter__") or isinstance(given, str):
+                raise TypeError(f"input_ids must be a list of ids, got {given!r}")
+            return [int(i) for i in given]
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+            raise TypeError(f"prompt must be text, or a list of chat messages, got {prompt!r}")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "prompt is a list of chat messages and the tokenizer has no chat_template: set one, or give text"
+            )
+        return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
 
     def _text(self, ids: Any) -> Any:
         numbers = [int(i) for i in ids]
@@ -80,7 +110,9 @@ def end_tokens(config: PPOConfig, tokenizer: Any, policy: Any) -> list[int]:
     if asked is None:
         return []
     if asked != "auto":
-        return [asked] if isinstance(asked, int) else [int(i) for i in asked]  # type: ignore[union-attr]
+        own = [asked] if isinstance(asked, int) else [int(i) for i in asked]  # type: ignore[union-attr]
+        _check_ids("eos_token_id", own, policy)
+        return own
     found: list[int] = []
     for owner in (tokenizer, getattr(plain(policy), "generation_config", None)):
         ends = getattr(owner, "eos_token_id", None)
@@ -93,8 +125,22 @@ def end_tokens(config: PPOConfig, tokenizer: Any, policy: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def pad_token(config: PPOConfig, tokenizer: Any, ends: Sequence[int]) -> int:
+def vocabulary(model: Any) -> int:
+    """Rows of a model's input embedding."""
+    return int(plain(model).get_input_embeddings().weight.shape[0])
+
+
+def _check_ids(name: str, ids: Sequence[int], policy: Any) -> None:
+    rows = vocabulary(policy)
+    for token in ids:
+        if not 0 <= token < rows:
+            raise ValueError(f"{name}={token} is no token of the policy, which has {rows}: 0 to {rows - 1}")
+
+
+def pad_token(config: PPOConfig, tokenizer: Any, ends: Sequence[int], policy: Any) -> int:
     """Id that fills rows up."""
+    if config.pad_token_id is not None:
+        _check_ids("pad_token_id", [config.pad_token_id], policy)
     for candidate in (config.pad_token_id, getattr(tokenizer, "pad_token_id", None), *ends[:1]):
         if candidate is not None:
             return int(candidate)

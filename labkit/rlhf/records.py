@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from labkit.rlhf.rewards import name_of
+from labkit.rlhf.rewards import unique_names
 
 
 class IterationRecord:
@@ -35,6 +35,7 @@ class IterationRecord:
 
     def __init__(self, guests: Iterable[Any]) -> None:
         self.guests = list(guests)
+        self._names = unique_names(self.guests)
         self.rollout: dict[str, float] = {}
         self._updates: list[Mapping[str, Any]] = []
         self._norms: dict[str, list[float]] = {}
@@ -61,10 +62,10 @@ class IterationRecord:
         names = [name for name in last if "/" in name]
         whole |= {name: _mean([one[name] for one in self._updates]) for name in names}
         whole |= {name: _mean(norms) for name, norms in self._norms.items()}
-        for guest in self.guests:
+        for own, guest in zip(self._names, self.guests, strict=True):
             if hasattr(guest, "metrics"):
                 whole |= {
-                    name if "/" in name else f"{name_of(guest)}/{name}": float(value)
+                    name if "/" in name else f"{own}/{name}": float(value)
                     for name, value in guest.metrics().items()
                 }
         self._updates, self._norms = [], {}

@@ -23,7 +23,7 @@ class Reference:
     Raises
     ------
     ValueError
-        When the reference is the policy itself.
+        When the reference is the policy itself, or a peft policy trains what switching its adapters off does not undo.
     """
 
     def __init__(self, policy: Any, model: Any = None) -> None:
@@ -33,6 +33,13 @@ class Reference:
                 "frozen copy (or for the policy with its adapters off)"
             )
         self.adapters = model is None and hasattr(policy, "disable_adapter")
+        moving = _beside_adapters(policy) if self.adapters else []
+        if moving:
+            raise ValueError(
+                f"the policy trains {', '.join(moving[:3])}{', ...' if len(moving) > 3 else ''} beside its adapters, which "
+                "stay as they are when the adapters are off, so the reference would move along: pass ref_model= (a copy "
+                "of the base model), or freeze them (peft's bias='none')"
+            )
         if model is None:
             model = policy if self.adapters else copy.deepcopy(policy)
         check_causal(model, "ref_model")
@@ -52,6 +59,16 @@ class Reference:
             self.model.disable_adapter() if self.adapters else nullcontext()
         )
         return context
+
+
+def _beside_adapters(policy: Any) -> list[str]:
+    """Names of a peft policy's trained parameters that are there with its adapters off."""
+    own = (getattr(policy.base_model, "prefix", ""), "modules_to_save", "prompt_encoder", "trainable_tokens")
+    return [
+        name
+        for name, parameter in policy.named_parameters()
+        if parameter.requires_grad and not any(part and part in name for part in own)
+    ]
 
 
 def needed(config: PPOConfig, hooks: Iterable[Any]) -> bool:

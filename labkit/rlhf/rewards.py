@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from labkit.rlhf.logprobs import plain
 from labkit.rlhf.positions import check_length
 
 Reward = Callable[..., Any]
@@ -70,7 +71,14 @@ class AdaptiveKL:
     target : float, optional
         KL of a response, nats. None keeps the coefficient.
     horizon : float
-        Responses over which a constant error of 20 % would change the coefficient by about 20 %.
+        Responses over which a constant error of 20 % would change the coefficient by about 20 %. More than a fifth of the
+        responses of an update.
+
+    Raises
+    ------
+    ValueError
+        For a start below 0 (0 with a target: it would stay 0), a target or horizon that is not positive, and in `update`
+        for so many responses that the coefficient could become 0 or less.
 
     Examples
     --------
@@ -85,11 +93,20 @@ class AdaptiveKL:
             raise ValueError(
                 f"coef must be 0 or more, target and horizon positive; got {coef}, {target}, {horizon}"
             )
+        if target is not None and coef == 0:
+            raise ValueError(
+                f"a coefficient of 0 cannot follow the target {target}: start above 0, for example at 0.05"
+            )
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, responses: int) -> None:
         """Move the coefficient after a rollout with this mean KL."""
         if self.target is not None:
+            if 0.2 * responses >= self.horizon:
+                raise ValueError(
+                    f"{responses} responses in an update with horizon={self.horizon} could make the coefficient 0 or "
+                    f"negative: take a horizon above {0.2 * responses:g}"
+                )
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * responses / self.horizon
 
@@ -167,7 +184,7 @@ def call_reward(
     ----------
     reward : callable
         ``f(prompts, completions, completion_ids=..., **columns)``; what it does not name is passed only if it takes
-        ``**kwargs``.
+        ``**kwargs``. Lists are its own to change.
     prompts, completions : sequence
         Text, or lists of ids.
     completion_ids : sequence of sequence of int
@@ -191,8 +208,14 @@ def call_reward(
     >>> call_reward(lambda prompts, completions, **_: [len(c) for c in completions], ["a"], ["bcd"], [[1]]).tolist()
     [3.0]
     """
-    given = {"completion_ids": completion_ids, **more, **(columns or {})}
-    found = reward(prompts=prompts, completions=completions, **_taken(reward, given))
+    # Copies: what a reward does to its lists is nobody else's business.
+    given = {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [list(ids) for ids in completion_ids],
+        **{name: list(values) for name, values in {**more, **(columns or {})}.items()},
+    }
+    found = reward(**_taken(reward, given))
     name = name_of(reward)
     if isinstance(found, Tensor):
         found = found.detach().float().cpu().reshape(-1).tolist() if found.ndim <= 1 else found.tolist()
@@ -215,6 +238,23 @@ def call_reward(
 def name_of(reward: Any) -> str:
     """Name of a reward, for messages and metrics."""
     return str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
+
+
+def unique_names(rewards: Sequence[Any]) -> list[str]:
+    """Names of rewards for metrics; those that are alike get a number.
+
+    Examples
+    --------
+    >>> unique_names([len, max, len])
+    ['len', 'max', 'len_2']
+    """
+    names: list[str] = []
+    for reward in rewards:
+        name, number = name_of(reward), 1
+        while (unique := name if number == 1 else f"{name}_{number}") in names:
+            number += 1
+        names.append(unique)
+    return names
 
 
 def _taken(reward: Reward, given: dict[str, Any]) -> dict[str, Any]:
@@ -241,11 +281,13 @@ class RewardModel:
     max_length : int, optional
         Longer texts lose their beginning. Without it a text that the model has no positions for is an error.
 
+    The score is read where transformers reads it, see `classifier_scores`.
+
     Raises
     ------
     TypeError, ValueError
-        When the model has more than one label, the batch size is below 1, or a text is longer than the model's
-        positions.
+        When the model has more than one label, the batch size or `max_length` is below 1, or a text is longer than the
+        model's positions.
 
     Examples
     --------
@@ -269,6 +311,8 @@ class RewardModel:
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, or None to cut nothing, got {max_length}")
         self.model, self.processing_class = model.eval(), processing_class
         self.batch_size, self.max_length = batch_size, max_length
         self.name = type(model).__name__
@@ -302,30 +346,11 @@ class RewardModel:
             ``(B,)`` float32.
         """
         rows = self._rows(prompts, completions, completion_ids, prompt_ids)
-        device = next(self.model.parameters()).device
-        found = []
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            width = max(map(len, part))
-            pad = self.model.config.pad_token_id or 0
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in part], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device)
-            found.append(self._logits(ids, mask))
-        return torch.cat(found).float().cpu()
-
-    def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Scores ``(B,)`` at the last real token; transformers looks for the pad token's id, which a text may end with."""
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-        }  # padded on the right: the model's own positions are right
-        layer = getattr(self.model, "score", None)
-        if not isinstance(layer, nn.Linear) or not hasattr(self.model, "base_model"):
-            found: Tensor = self.model(**inputs).logits[:, 0]
-            return found
-        states = self.model.base_model(**inputs).last_hidden_state
-        last = states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-        return layer(last)[:, 0]
+        found = [
+            classifier_scores(self.model, rows[start : start + self.batch_size])
+            for start in range(0, len(rows), self.batch_size)
+        ]
+        return torch.cat(found)
 
     def _rows(
         self,
@@ -357,8 +382,57 @@ class RewardModel:
         return rows
 
 
+@torch.no_grad()
+def classifier_scores(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Scores of texts by a sequence classifier with one label, where transformers reads them.
+
+    Decoders are read at the last token that is not ``config.pad_token_id``, as in their training. So where texts are
+    padded with the token that ends them, that is the token before the end. Without a pad token it is the last one.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+    rows : sequence of sequence of int
+        Token ids of each text.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)`` float32 on the CPU.
+
+    Examples
+    --------
+    >>> from labkit.testbeds.models import tiny
+    >>> model = tiny("llama", vocab=50, seed=0, head="classification", num_labels=1).eval()
+    >>> torch.allclose(classifier_scores(model, [[3, 4], [5]])[1:], classifier_scores(model, [[5]]), atol=1e-5)
+    True
+    """
+    config = plain(model).config
+    kept = config.pad_token_id
+    fill = kept
+    if fill is None:  # transformers asks for one: any that no text has
+        used = {token for row in rows for token in row}
+        fill = next((token for token in range(config.get_text_config().vocab_size) if token not in used), 0)
+    width = max(map(len, rows))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    try:
+        config.pad_token_id = fill
+        # Padded on the right: the model's own positions are right.
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    finally:
+        config.pad_token_id = kept
+    return logits[:, 0].float().cpu()
+
+
 def as_text(prompt: Any, completion: Any, tokenizer: Any) -> tuple[str, bool]:
     """Prompt and completion as one text, and whether the tokenizer has to add its special tokens (no chat template did)."""
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
+        raise TypeError(
+            "prompts are lists of ids, which a reward model with a tokenizer of its own cannot read: give the trainer "
+            "processing_class=tokenizer, or RewardModel no tokenizer if both share a vocabulary"
+        )
     if isinstance(prompt, str):
         return prompt + str(completion), True
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
@@ -378,6 +452,12 @@ def as_rewards(reward: Any) -> list[Any]:
         raise ValueError("reward is empty: give a function, a reward model, or a list of them")
     found = []
     for one in several:
+        if hasattr(one, "judge") and hasattr(one, "causal_lm"):
+            raise TypeError(
+                f"{type(one).__name__} judges with tools: ToolBank.as_reward_fn(model, tokenizer) makes it a reward"
+            )
+        if isinstance(one, type):
+            raise TypeError(f"{one.__name__} is a class: give an instance of it as the reward")
         if hasattr(one, "config") and hasattr(one, "parameters"):
             found.append(RewardModel(one))
         elif callable(one):
@@ -387,13 +467,31 @@ def as_rewards(reward: Any) -> list[Any]:
     return found
 
 
+def as_hooks(hooks: Any) -> list[Any]:
+    """Token rewards as a list.
+
+    Raises
+    ------
+    TypeError
+        When it is no sequence, or something in it is not callable or a class.
+    """
+    if not isinstance(hooks, list | tuple):
+        raise TypeError(f"token_rewards must be a list of hooks, got {hooks!r}: [hook] for one, [] for none")
+    for hook in hooks:
+        if isinstance(hook, type) or not callable(hook):
+            raise TypeError(
+                f"a token reward must be a callable, hook(batch) -> (B, T), such as CuriosityReward(); got {hook!r}"
+            )
+    return list(hooks)
+
+
 def as_weights(weights: Sequence[float] | None, rewards: int) -> list[float]:
     """One weight a reward, 1 by default.
 
     Raises
     ------
     ValueError
-        For another number of weights than rewards.
+        For another number of weights than rewards, or one that is not finite.
 
     Examples
     --------
@@ -404,4 +502,7 @@ def as_weights(weights: Sequence[float] | None, rewards: int) -> list[float]:
         return [1.0] * rewards
     if len(weights) != rewards:
         raise ValueError(f"reward_weights has {len(weights)} numbers for {rewards} rewards: give one each")
-    return [float(weight) for weight in weights]
+    numbers = [float(weight) for weight in weights]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"reward_weights must be finite, got {numbers}")
+    return numbers

@@ -10,13 +10,20 @@ all scores ``(B, T, V)`` is kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from labkit.rlhf.logprobs import plain
 from labkit.training.data import mixed_seed
@@ -249,6 +256,19 @@ class Responses(NamedTuple):
     eos: Tensor
 
 
+@contextmanager
+def _own_generation_config(*models: Any) -> Iterator[None]:
+    """Models without wishes of their own: ``generate`` fills in from them whatever it is not given."""
+    kept = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
+    try:
+        for model, _ in kept:
+            model.generation_config = GenerationConfig()
+        yield
+    finally:
+        for model, config in kept:
+            model.generation_config = config
+
+
 @torch.no_grad()
 def generate_responses(
     model: Any,
@@ -278,7 +298,8 @@ def generate_responses(
         What ends a response; empty for responses of exactly T tokens.
     pad_token_id : int
     options : mapping, optional
-        More arguments for ``generate``.
+        More arguments for ``generate``. Nothing else bends the distribution: what the model's own ``generation_config``
+        asks for, such as a repetition penalty, is left out.
 
     Returns
     -------
@@ -310,12 +331,13 @@ def generate_responses(
         "return_dict_in_generate": False,
     }
     try:
-        output = model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            logits_processor=LogitsProcessorList([sampler]),
-            **(settings | dict(options or {})),
-        )
+        with _own_generation_config(model, inner):
+            output = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask.long(),
+                logits_processor=LogitsProcessorList([sampler]),
+                **(settings | dict(options or {})),
+            )
     finally:
         inner.train(training)
     tokens = output[:, prompt_ids.shape[1] :]

@@ -24,7 +24,7 @@ from labkit.rlhf.minibatches import Minibatch, Updates, micro_batch_loss
 from labkit.rlhf.prompts import Prompts
 from labkit.rlhf.records import IterationRecord
 from labkit.rlhf.reference import Reference, needed
-from labkit.rlhf.rewards import AdaptiveKL, as_rewards, as_weights
+from labkit.rlhf.rewards import AdaptiveKL, as_hooks, as_rewards, as_weights
 from labkit.rlhf.rollout import RolloutBatch
 from labkit.rlhf.values import chosen_value_model
 from labkit.training.loop import TrainingConfig, TrainingLoop
@@ -66,9 +66,9 @@ class PPOTrainer:
     ref_model : transformers.PreTrainedModel, optional
         By default a frozen copy of the policy, or a peft policy with its adapters off. There is none when nothing needs it
         (``kl_coef=0``, no target, no hook or segmenter that asks).
-    value_model : ValueModel or "shared", optional
+    value_model : ValueModel, "shared" or torch.nn.Linear, optional
         By default a `ValueModel` on a copy of the policy's body. ``"shared"`` is a linear layer on the policy's own
-        hidden states.
+        hidden states, new or, from an earlier run, `load_value_head`.
     reward_weights : sequence of float, optional
         One a reward.
     token_rewards : sequence of callable
@@ -166,7 +166,7 @@ class PPOTrainer:
         self.policy = model
         self.rewards = as_rewards(reward)
         self.reward_weights = as_weights(reward_weights, len(self.rewards))
-        self.token_rewards = list(token_rewards)
+        self.token_rewards = as_hooks(token_rewards)
         self.prompts = Prompts(train_dataset, processing_class, config.batch_size, config.seed)
         wanted = ref_model is not None or needed(config, self.token_rewards)
         self.reference = Reference(model, ref_model) if wanted else None

@@ -176,8 +176,39 @@ def write_head(head: nn.Linear, folder: Path) -> None:
     write_atomic(folder / HEAD, save(state))
 
 
+def load_value_head(folder: Path | str) -> nn.Linear:
+    """The linear layer of a shared value model, to go on with: ``PPOTrainer(..., value_model=load_value_head(folder))``.
+
+    Parameters
+    ----------
+    folder : Path or str
+        The folder ``value`` in what ``PPOTrainer.save_pretrained`` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is none.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from labkit.testbeds.models import tiny
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_head(value_head(tiny("llama", width=32, heads=2).config), folder)
+    >>> load_value_head(folder)
+    Linear(in_features=32, out_features=1, bias=True)
+    """
+    file = Path(folder) / HEAD
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {HEAD}: give the folder 'value' that a PPOTrainer wrote")
+    state = load_file(file)
+    head = nn.utils.skip_init(nn.Linear, state["weight"].shape[1], 1)
+    head.load_state_dict(state)
+    return head
+
+
 def chosen_value_model(policy: Any, value: Any) -> Any:
-    """What a trainer's `value_model` stands for: a copy of the policy's body by default."""
+    """What a trainer's `value_model` stands for: a copy of the policy's body by default, a new layer for ``"shared"``."""
     if value is None:
         own = copy.deepcopy(policy)
         if hasattr(own, "unload"):
@@ -188,6 +219,13 @@ def chosen_value_model(policy: Any, value: Any) -> Any:
     if isinstance(value, str):
         if value != "shared":
             raise ValueError(f"value_model must be a ValueModel, 'shared' or None, got {value!r}")
+        return value_head(policy.config)
+    if isinstance(value, nn.Linear):
+        size = policy.config.get_text_config().hidden_size
+        if (value.in_features, value.out_features) != (size, 1):
+            raise ValueError(
+                f"a shared value head must lead from the policy's {size} hidden states to 1, got {value}"
+            )
         return value
     if not isinstance(value, ValueModel):
         raise TypeError(

@@ -5,7 +5,9 @@ The files are found by :func:`labkit.testbeds.data.find` under the name ``reward
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,17 @@ from scipy.stats import spearmanr
 
 from labkit.testbeds import data
 
-__all__ = ["ALPHAS", "Judge", "judge", "leaderboard", "measure", "reference_correlations", "triples"]
+__all__ = [
+    "ALPHAS",
+    "Judge",
+    "gains",
+    "judge",
+    "leaderboard",
+    "locate",
+    "measure",
+    "reference_correlations",
+    "triples",
+]
 
 Array = npt.NDArray[np.float64]
 LC = "AlpacaEval LC"
@@ -33,6 +45,23 @@ class Judge:
     baseline_lengths: Array
 
 
+def locate(file: str) -> Path:
+    """One file of the data.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without the data; the message says where to get it, and that the notebook runs without.
+    """
+    try:
+        return data.find(f"reward_calibration/{file}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'{error} Or do without it: lengths="synthetic" draws stand-ins, and in the notebook data="synthetic" '
+            "shows the recorded leaderboard beside them."
+        ) from None
+
+
 def leaderboard() -> pd.DataFrame:
     """The 223 models, indexed by name: win_rate in (0, 1), average length, and the four references (NaN where unknown).
 
@@ -41,10 +70,8 @@ def leaderboard() -> pd.DataFrame:
     FileNotFoundError
         Without the data.
     """
-    folder = data.find("reward_calibration")
-    board = pd.read_csv(folder / "alpacaeval2_leaderboard.csv").set_index("model")
-    early = pd.read_csv(folder / "arena_2024_feb_apr.csv").set_index("model")
-    late = pd.read_csv(folder / "arena_2024_aug.csv").set_index("model")
+    files = ("alpacaeval2_leaderboard", "arena_2024_feb_apr", "arena_2024_aug")
+    board, early, late = (pd.read_csv(locate(f"{file}.csv")).set_index("model") for file in files)
     table = pd.DataFrame({"win_rate": board.win_rate / 100, "length": board.avg_length})
     table[LC] = board.length_controlled_winrate
     table["Arena, Feb 2024"] = early.arena_elo_2024_02_02
@@ -61,7 +88,7 @@ def judge() -> Judge:
     FileNotFoundError
         Without the data.
     """
-    with np.load(data.find("reward_calibration/alpacaeval_gpt4turbo_preferences.npz")) as file:
+    with np.load(locate("alpacaeval_gpt4turbo_preferences.npz")) as file:
         names = [str(name) for name in file["models"]]
         known = set(leaderboard().index)
         rows = [row for row, name in enumerate(names) if name in known]
@@ -134,3 +161,33 @@ def measure(tools: Any) -> dict[str, Any]:
         "length_controlled": {name: round(value, 4) for name, value in control.items()},
         "models": {"leaderboard": len(table), "judge": len(seen.models), "triples": len(groups)},
     }
+
+
+def gains(measured: Mapping[str, Any]) -> dict[str, float]:
+    """What calibration changes on the real data, as one number a claim.
+
+    Parameters
+    ----------
+    measured : mapping
+        As `measure` returns it, or as it was recorded.
+
+    Returns
+    -------
+    dict
+        ``judge``: rise of the correlation with `LC` when a judge is calibrated answer by answer, window 0.1. ``half``:
+        third largest of the four rises of a leaderboard's correlations at strength 0.5, window 0.7. ``full``: the largest of
+        them at strength 1.
+
+    Examples
+    --------
+    >>> board = {name: [0.5, 0.5 + rise, 0.4] for name, rise in zip("abcd", (0.1, 0.2, 0.3, -0.1))}
+    >>> board["gameability"] = [1.0, 0.5, 0.7]
+    >>> record = {"alphas": [0.0, 0.5, 1.0], "leaderboard": {"0.7": board}, "judge": {"raw": 0.75, "0.1": 1.0}}
+    >>> {name: round(value, 6) for name, value in gains(record).items()}
+    {'judge': 0.25, 'half': 0.1, 'full': -0.1}
+    """
+    none, half, full = (list(measured["alphas"]).index(alpha) for alpha in (0.0, 0.5, 1.0))
+    board = [row for name, row in measured["leaderboard"]["0.7"].items() if name != "gameability"]
+    rises = [sorted((row[at] - row[none] for row in board), reverse=True) for at in (half, full)]
+    judged = measured["judge"]
+    return {"judge": judged["0.1"] - judged["raw"], "half": rises[0][2], "full": rises[1][0]}

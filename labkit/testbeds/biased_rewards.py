@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.special import gammaincinv, ndtr
 from scipy.stats import spearmanr
 
-from labkit.testbeds import data
+from labkit.testbeds import alpacaeval
 
 __all__ = [
     "SHAPES",
@@ -130,7 +130,7 @@ def alpacaeval_lengths(count: int, seed: int = 0) -> tuple[Array, Array]:
     FileNotFoundError
         Without the data, see :mod:`labkit.testbeds.data`.
     """
-    with np.load(data.find("reward_calibration/alpacaeval_output_lengths.npz")) as file:
+    with np.load(alpacaeval.locate("alpacaeval_output_lengths.npz")) as file:
         table = file["len_char"].astype(float)
     rng = np.random.default_rng([seed, 1])
     first, second = rng.integers(0, table.shape[0], (2, 2 * count))
@@ -274,7 +274,23 @@ def accuracy_by_size(
 
 
 def penalty_effect(of: Pairs, model: BiasedRewardModel, calibrator: Any, price: float = 0.001) -> float:
-    """Largest change of a calibrated margin when every character is charged a price before the fit."""
+    """Largest change of a calibrated margin when every character is charged a price before the fit.
+
+    A smoother that reproduces straight lines swallows the price at full strength. At strength alpha it leaves a share
+    1 - alpha of it.
+
+    Examples
+    --------
+    >>> from labkit import rlhf
+    >>> some = pairs(100)
+    >>> model = reward_models(some, count=1)[0]
+    >>> bool(penalty_effect(some, model, rlhf.LowessCalibrator()) < 1e-9)
+    True
+    >>> gap = abs(some.lengths_chosen - some.lengths_rejected).max()
+    >>> half = penalty_effect(some, model, rlhf.LowessCalibrator(alpha=0.5))
+    >>> bool(abs(half - 0.5 * 0.001 * gap) < 1e-9)
+    True
+    """
     a, b = of.lengths_chosen, of.lengths_rejected
     free, charged = ((a, model.chosen - cost * a, b, model.rejected - cost * b) for cost in (0.0, price))
     plain = calibrator.fit_pairs(*free).margins(*free)

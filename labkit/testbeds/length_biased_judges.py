@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
-__all__ = ["PROMPT", "Answers", "answers", "best_of", "leaderboard", "picks", "train_reward_model"]
+__all__ = ["PROMPT", "Answers", "answers", "best_of", "leaderboard", "picks", "reading", "train_reward_model"]
 
 VOCAB, GOOD, PAD = 65, 32, 0  # tokens 1 to 31 are good, 32 to 63 are not
 PROMPT = [64]  # the same for all answers; a model can only count what it attends to against something
@@ -164,6 +165,23 @@ def picks(scores: Mapping[str, Any], of: Answers, choices: Sequence[int]) -> Ite
                 "quality": best_of(rank, of.quality, n),
                 "length": best_of(rank, of.lengths / of.lengths.mean(), n),
             }
+
+
+def reading(scores: npt.ArrayLike, of: Answers) -> dict[str, float]:
+    """How well scores read true quality: Spearman's correlation over all answers, and in each third by length.
+
+    Examples
+    --------
+    >>> some = answers(300)
+    >>> found = reading(np.where(some.lengths > 20, some.quality, 0.1 * some.lengths), some)
+    >>> found["longest third"] > 0.99 > 0.5 > found["shortest third"]
+    True
+    """
+    values = np.asarray(scores, dtype=float)
+    third = np.searchsorted(np.quantile(of.lengths, [1 / 3, 2 / 3]), of.lengths)
+    parts = {"all answers": third >= 0}
+    parts |= {f"{name} third": third == k for k, name in enumerate(("shortest", "middle", "longest"))}
+    return {name: float(spearmanr(values[rows], of.quality[rows]).statistic) for name, rows in parts.items()}
 
 
 def leaderboard(

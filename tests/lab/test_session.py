@@ -102,6 +102,16 @@ def test_a_run_off_the_registered_setting_says_so():
     assert "budget=0.5" in verdicts._repr_html_()
 
 
+def test_values_that_thresholds_were_registered_for_too_are_no_exploration():
+    run = lab.start("nacl", size="smoke", budget=0.5)
+    knobs = {**run.paper.knobs, "budget": replace(run.paper.knobs["budget"], registered=(0.5,))}
+    run.paper = replace(run.paper, knobs=knobs)
+    for claim in run.paper.claims:
+        run.claim(claim.id, [0.5])
+    assert "Exploratory" not in str(run.verdicts())
+    assert papers.load("reward_calibration").knobs["data"].registered == ("alpacaeval",)
+
+
 CLAIM = Claim(
     "c", "A <b> beats B.", "difference", ">=", {"laptop": 0.3}, {"smoke": "one seed"}, unit="points"
 )

@@ -339,6 +339,19 @@ def ppo(policy, tmp_path=None, iterations=3, hooks=(), **how):
     )
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CuriosityReward(gate=3), "gate must be a TopKGate, such as .*; got 3"),
+        (lambda: GateBonus(gate=TopKGate), "gate must be a TopKGate"),
+        (lambda: CuriosityReward(icm=5), "icm must be a CuriosityModule, .*; got 5"),
+    ],
+)
+def test_parts_of_another_type_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_a_reference_of_another_width_is_refused_at_the_start():
     narrow, wide = (tiny("llama", width=w, heads=2, layers=1, vocab=20, seed=0) for w in (8, WIDTH))
     with pytest.raises(ValueError, match="reference's hidden states have width 8, the policy's .* 16"):

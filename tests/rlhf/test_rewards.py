@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from labkit.rlhf import AdaptiveKL, RewardModel, call_reward, kl_penalty
+from labkit.rlhf import (
+    AdaptiveKL,
+    CalibratedRewardModel,
+    LinearCalibrator,
+    RewardModel,
+    call_reward,
+    kl_penalty,
+)
 from labkit.rlhf.rewards import last_token, token_rewards
 from labkit.testbeds.models import tiny
 from labkit.testbeds.tokenizers import byte_tokenizer
@@ -114,12 +122,38 @@ def test_a_reward_model_scores_the_last_real_token(name: str) -> None:
     for row in range(2):
         own = model(torch.tensor([prompts[row] + answers[row]])).logits[0, 0]
         assert float(found[row]) == pytest.approx(own.item(), abs=1e-5)
-    # also where the answer ends in what pads: transformers would look further left
-    ends = RewardModel(model)([], [], completion_ids=[[8, 7]], prompt_ids=[[3]])
-    states = model.base_model(torch.tensor([[3, 8, 7]])).last_hidden_state[0, -1]
-    layer = model.score if hasattr(model, "score") else None
-    if layer is not None:
-        assert float(ends[0]) == pytest.approx(layer(states).item(), abs=1e-5)
+    # Where an answer ends in what pads, classifiers of transformers are trained, and read, at the token before.
+    ends = RewardModel(model)([], [], completion_ids=[[8, 7], [8, 9]], prompt_ids=[[3], [4]])
+    own = model(torch.tensor([[3, 8, 7]])).logits[0, 0]
+    assert float(ends[0]) == pytest.approx(own.item(), abs=1e-5)
+    wrapped = CalibratedRewardModel(
+        model, LinearCalibrator(alpha=0.0), lambda answers: [len(answer) for answer in answers]
+    ).fit([[3]] * 12, [[8] * n + [7] for n in range(1, 13)])
+    calibrated = wrapped([[3], [4]], [[8, 7], [8, 9]])
+    assert calibrated == pytest.approx(ends.tolist(), abs=1e-5)
+
+
+def test_a_reward_model_without_a_pad_token() -> None:
+    model = tiny("llama", width=32, heads=2, vocab=50, seed=0, head="classification", num_labels=1).eval()
+    model.config.pad_token_id = None
+    asked = {"completion_ids": [[0, 1, 2], [0]], "prompt_ids": [[3], [4]]}
+    found = RewardModel(model)([], [], **asked)
+    assert model.config.pad_token_id is None
+    for row, ids in enumerate(([3, 0, 1, 2], [4, 0])):
+        assert float(found[row]) == pytest.approx(model(torch.tensor([ids])).logits[0, 0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_a_reward_model_with_adapters(task: str | None) -> None:
+    model = tiny(
+        "llama", width=32, heads=2, vocab=50, seed=0, head="classification", num_labels=1, pad_token_id=7
+    ).eval()
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type=task)
+    adapted = get_peft_model(model, lora).eval()
+    asked = {"completion_ids": [[8, 7], [8, 9, 10]], "prompt_ids": [[3], [4]]}
+    found = RewardModel(adapted)([], [], **asked)
+    merged = RewardModel(adapted.merge_and_unload())([], [], **asked)
+    torch.testing.assert_close(found, merged, atol=1e-5, rtol=0)
 
 
 def test_a_reward_model_reads_text_with_its_own_tokenizer() -> None:

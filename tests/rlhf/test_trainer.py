@@ -22,6 +22,7 @@ from labkit.rlhf import (
     RunningLowess,
     ValueModel,
     gae,
+    load_value_head,
     macro_gae,
     policy_loss,
     sequence_stats,
@@ -428,6 +429,20 @@ def test_it_saves_what_transformers_reads(tmp_path: Path) -> None:
     torch.testing.assert_close(values * batch.mask, batch.values, atol=1e-5, rtol=1e-5)
 
 
+def test_a_shared_value_head_goes_on(tmp_path: Path) -> None:
+    made = trainer(settings=config(iterations=1))
+    made.train()
+    made.save_pretrained(tmp_path)
+    head = load_value_head(tmp_path / "value")
+    again = trainer(made.policy, value_model=head)
+    assert torch.equal(again.collect(7).values, made.collect(7).values)
+    assert made.collect(7).values.any()
+    again.train()
+    bad("must lead from the policy's 32 hidden states to 1", value_model=torch.nn.Linear(8, 1))
+    with pytest.raises(FileNotFoundError, match="has no value_head"):
+        load_value_head(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_adapters_train_against_themselves_switched_off(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -568,13 +583,21 @@ def test_short_responses_are_left_out_and_counted() -> None:
     assert batch.mask[~short].any(1).all()
     assert not batch.advantages[short].any()
     assert ended.train()[0]["val/dropped"] == int(short.sum())
-    everything = trainer(policy(), settings=config(min_response=7, iterations=2))
+    everything = trainer(
+        policy(), settings=config(min_response=2, eos_token_id=list(range(10)), iterations=2)
+    )
     before = weights(everything)
     assert everything.train()[-1]["val/dropped"] == 16
     assert all(torch.equal(v, before[n]) for n, v in weights(everything).items())
 
 
 def test_the_coefficient_follows_its_target() -> None:
+    with pytest.raises(
+        ValueError, match="horizon=3 could make the coefficient 0 or negative: take a horizon above 3.2"
+    ):
+        config(kl_target=6.0, kl_horizon=3)
+    with pytest.raises(ValueError, match="0 cannot follow the target"):
+        config(kl_target=6.0, kl_coef=0.0)
     far = trainer(settings=config(kl_target=100.0, kl_horizon=64, iterations=3))
     history = far.train()
     assert [r["objective/kl_coef"] for r in history] == pytest.approx([0.05 * 0.95**i for i in range(3)])
@@ -665,12 +688,159 @@ def test_bad_rewards_are_named_with_their_index() -> None:
         ({"precision": "fp16"}, "precision must be one of"),
         ({"generation_batch": 0}, "generation_batch must be at least 1"),
         ({"generation": {"temperature": 2}}, r"generation has \['temperature'\]"),
+        ({"generation": {"eos_token_id": 3}}, r"generation has \['eos_token_id'\]"),
+        ({"generation": {"num_beams": 2, "input_ids": 1}}, r"generation has \['input_ids', 'num_beams'\]"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"min_response": 7}, "min_response=7 is more than max_new_tokens=6"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"value_pooling": "max"}, "one of 'equal', 'unit', 'position', .*'mean'.*, got 'max'"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         config(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"gamma": None}, r"gamma must be a number, in \[0, 1\]; got None"),
+        ({"learning_rate": "1e-5"}, "learning_rate must be a number, positive; got '1e-5'"),
+        ({"kl_horizon": None}, "kl_horizon must be a number"),
+        ({"dropout": 1}, "dropout must be True or False, got 1"),
+        ({"segmenter": FixedNgram}, "segmenter is the class FixedNgram: give an instance"),
+    ],
+)
+def test_settings_of_another_type_are_named(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        config(**change)
+
+
+def test_the_models_own_generation_config_does_not_bend_what_is_sampled() -> None:
+    """A penalty that log-probabilities know nothing of would make ratio and KL those of another distribution."""
+    plain, bent = policy(), policy()
+    bent.generation_config.repetition_penalty = 3.0
+    bent.generation_config.suppress_tokens = [7]
+    bent.generation_config.no_repeat_ngram_size = 1
+    one, other = trainer(plain).collect(0), trainer(bent).collect(0)
+    assert torch.equal(one.tokens, other.tokens)
+    assert bent.generation_config.repetition_penalty == 3.0
+    peft = pytest.importorskip("peft")
+    inner = policy()
+    inner.generation_config.suppress_tokens = list(range(1, 10))
+    adapted = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(trainer(adapted).collect(0).tokens, one.tokens)
+    asked = trainer(policy(), settings=config(generation={"suppress_tokens": [7]})).collect(0)
+    assert not (asked.tokens == 7).any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reference_that_would_move_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    lora = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    for kept in (
+        peft.LoraConfig(**lora, modules_to_save=["lm_head"]),
+        peft.LoraConfig(**lora, use_dora=True),
+        peft.LoraConfig(**lora, trainable_token_indices=[1]),
+    ):
+        trainer(peft.get_peft_model(policy(), kept))
+    moving = peft.get_peft_model(policy(), peft.LoraConfig(**lora))
+    moving.get_base_model().lm_head.weight.requires_grad_(True)
+    bad("trains base_model.*embed_tokens.weight beside its adapters.*pass ref_model=", model=moving)
+    trainer(moving, ref_model=policy())
+    trainer(moving, settings=config(kl_coef=0.0))
+    biased = peft.get_peft_model(policy(attention_bias=True), peft.LoraConfig(**lora, bias="all"))
+    bad("k_proj.bias, .* beside its adapters", model=biased)
+
+
+def test_rewards_keep_to_themselves() -> None:
+    """Their lists, their names, the arguments that they ask for."""
+    rows = [{"prompt": "ab", "wanted": 1}, {"prompt": [{"role": "user", "content": "c"}], "wanted": 2}]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    forms: list[tuple[Any, Any]] = []
+
+    class Greedy:
+        def __call__(self, prompts: Any, completions: Any, wanted: Any, **_: Any) -> list[float]:
+            forms.extend(zip([*prompts], [*completions], strict=True))
+            for mine in (prompts, completions, wanted):
+                mine.clear()
+            return [0.0] * 4
+
+        def metrics(self) -> dict[str, float]:
+            return {"seen": len(forms)}
+
+    def by_wanted(completions: Any, wanted: Any) -> list[float]:
+        assert len(completions) == len(wanted) == 4
+        return [float(w) for w in wanted]
+
+    model = tiny("llama", width=32, heads=2, layers=1, vocab=len(tokenizer), seed=0)
+    settings = config(batch_size=4, iterations=1, minibatches=1, epochs=1)
+    made = PPOTrainer(
+        model,
+        [Greedy(), Greedy(), by_wanted],
+        settings,
+        rows,
+        processing_class=tokenizer,
+        value_model="shared",
+    )
+    record = made.train()[0]
+    assert {"reward/Greedy", "reward/Greedy_2", "reward/by_wanted", "Greedy/seen", "Greedy_2/seen"} <= set(
+        record
+    )
+    assert record["reward/by_wanted"] == pytest.approx(1.5)
+    for prompt, answer in forms:
+        assert isinstance(answer, str if isinstance(prompt, str) else list)
+
+
+def test_a_resumed_run_has_the_settings_that_it_asks_for(tmp_path: Path) -> None:
+    trainer(settings=config(iterations=2), directory=tmp_path).train()
+    for change in ({"learning_rate": 1e-3}, {"kl_coef": 0.5}, {"kl_target": 3.0, "kl_horizon": 99}):
+        with pytest.raises(ValueError, match=f"another run .*{next(iter(change))}"):
+            trainer(settings=config(iterations=3, **change), directory=tmp_path)
+    assert len(trainer(settings=config(iterations=3, clip=0.1), directory=tmp_path).train()) == 3
+
+
+def test_rows_and_ids_that_do_not_fit_are_named() -> None:
+    """Before any work where it can be known, else with the row and the remedy instead of an index error."""
+    ids = {"input_ids": [1]}
+    for rows, kind, match in (
+        (
+            [ids, {"prompt": "a"}],
+            ValueError,
+            r"row 1 of train_dataset has the columns \['prompt'\], the first has",
+        ),
+        ([ids, {"input_ids": [1], "x": 1}], ValueError, r"row 1 .*\['input_ids', 'x'\], the first has"),
+        ([ids, {"x": 1}], ValueError, "row 1 .* it needs 'prompt'"),
+        ({"input_ids": [[1]]}, TypeError, "got a dict: choose a split of a DatasetDict"),
+        ([{"input_ids": 3}], TypeError, "input_ids must be a list of ids, got 3"),
+    ):
+        with pytest.raises(kind, match=match):
+            PPOTrainer(policy(), share, config(), rows, value_model="shared")
+    tokenizer = byte_tokenizer()
+    text = tiny("llama", width=32, heads=2, layers=1, vocab=len(tokenizer), seed=0)
+    for prompt, kind, match in (
+        ([{"role": "user", "content": "a"}], ValueError, "the tokenizer has no chat_template"),
+        ({"role": "user", "content": "a"}, TypeError, "prompt must be text, or a list of chat messages"),
+    ):
+        with pytest.raises(kind, match=match):
+            PPOTrainer(text, share, config(), [{"prompt": prompt}], processing_class=tokenizer)
+    bad("eos_token_id=-4 is no token of the policy, which has 10: 0 to 9", settings=config(eos_token_id=-4))
+    bad("pad_token_id=10 is no token", settings=config(pad_token_id=10))
+    small = ValueModel.from_backbone(tiny("llama", width=32, heads=2, vocab=8, seed=0))
+    bad("the value model has 8 tokens and the policy 10", value_model=small)
+    short = ValueModel.from_backbone(policy(1, max_position_embeddings=8))
+    with pytest.raises(ValueError, match=r"passes the 8 positions .* \(the value model reads it\)"):
+        trainer(value_model=short).collect(0)
+    with pytest.raises(ValueError, match="a prompt has the id 12 and the policy 10 tokens"):
+        PPOTrainer(
+            policy(), lambda completions: [0.0] * 16, config(), [{"input_ids": [12]}], value_model="shared"
+        ).collect(0)
+    bad("token_rewards must be a list of hooks", TypeError, token_rewards=Spread())
+    bad("a token reward must be a callable", TypeError, token_rewards=[3])
+    bad("a token reward must be a callable", TypeError, token_rewards=[Spread])
+    bad("reward_weights must be finite", reward_weights=[math.nan])
+    bad("Spread is a class: give an instance", TypeError, reward=Spread)
 
 
 def test_a_segmenter_must_be_callable() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from labkit.testbeds.length_biased_judges import GOOD, leaderboard
+from labkit.testbeds.length_biased_judges import GOOD, answers, leaderboard, reading
 
 
 def judge(input_ids: torch.Tensor, attention_mask: torch.Tensor, length: float = 0.0) -> SimpleNamespace:
@@ -40,6 +40,18 @@ def test_a_fair_judge_ranks_by_quality_and_a_biased_one_by_length() -> None:
 def test_quality_and_length_go_together_as_asked(together: float) -> None:
     table = leaderboard(judge, together, models=60, prompts=60)
     assert np.corrcoef(table.length, table["true quality"])[0, 1] == pytest.approx(together, abs=0.15)
+
+
+def test_reading_is_the_correlation_within_thirds_by_length() -> None:
+    some = answers(900, seed=3)
+    order = np.argsort(some.lengths, kind="stable")
+    scores = some.quality.copy()
+    short = some.lengths <= some.lengths[order[299]]
+    scores[short] = -scores[short]
+    found = reading(scores, some)
+    assert found["shortest third"] == pytest.approx(-1)
+    assert found["middle third"] == found["longest third"] == pytest.approx(1)
+    assert found["all answers"] == pytest.approx(spearmanr(scores, some.quality).statistic)
 
 
 def test_bad_input() -> None:

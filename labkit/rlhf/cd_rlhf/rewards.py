@@ -116,6 +116,7 @@ class GateBonus:
 
     def __init__(self, eta: float = 0.04, gate: TopKGate | None = None) -> None:
         check_eta(eta)
+        check_gate(gate)
         self.eta, self.gate = float(eta), gate or TopKGate(1)
         self._metrics: dict[str, float] = {}
 
@@ -201,6 +202,11 @@ class CuriosityReward:
         weight_decay: float = 0.1,
     ) -> None:
         check_eta(eta)
+        check_gate(gate)
+        if icm is not None and not isinstance(icm, CuriosityModule):
+            raise TypeError(
+                f"icm must be a CuriosityModule, or None for one that fits the policy; got {icm!r}"
+            )
         if not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr!r}")
         self.eta, self.gate, self.icm, self.lr = float(eta), gate, icm, lr
@@ -396,6 +402,12 @@ class CuriosityReward:
         self.icm.load_state_dict(state["icm"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = int(state["updates"])
+
+
+def check_gate(gate: Any) -> None:
+    """Raise for a gate that cannot be asked."""
+    if isinstance(gate, type) or (gate is not None and not callable(gate)):
+        raise TypeError(f"gate must be a TopKGate, such as TopKGate(1), or None; got {gate!r}")
 
 
 def check_eta(eta: float) -> None:

@@ -20,8 +20,9 @@ neighbours (RC-Mean, :class:`LocalMeanCalibrator`) and robust locally weighted r
 (:class:`LengthPenalty`) and the best straight line (:class:`LinearCalibrator`). AlpacaEval's own length
 control also needs the difficulty of each prompt and the rows of two gamed baselines: compare with the leaderboard's column.
 
-Local linear regression reproduces straight lines. So a fixed penalty on the very same length changes nothing:
-RC-LWR(r - k·c) has the margins of RC-LWR(r) for every k. RC-Mean does not have this property.
+Local linear regression reproduces straight lines. So at full strength a fixed penalty on the very same length changes
+nothing: RC-LWR(r - k·c) has the margins of RC-LWR(r) for every k. At strength α a share 1 - α of the penalty stays. RC-Mean
+does not have this property.
 
 Where this differs from the authors' code, and why:
 

@@ -75,7 +75,7 @@ def flips_figure(
     truth : pair of ndarray, optional
         Lengths and true bias at them, where it is known.
     shown : int
-        Pairs that are drawn.
+        Pairs that are drawn, the first ones. The legend says how many.
     """
     grid = np.linspace(0, float(np.quantile(np.concatenate(lengths), 0.995)), 60)
     low, high = calibrator._range()
@@ -85,6 +85,8 @@ def flips_figure(
     everything = (np.concatenate(few[:2]), np.concatenate(few[2:]))
     figure = bias_figure(grid, bias + middle, everything, **layout)
     figure.data[-1].name = "what is subtracted"
+    pairs, drawn = len(lengths[0]), len(few[0])
+    figure.data[0].name = "answers" if drawn == pairs else f"answers ({drawn} of {pairs:,} pairs)"
     after = calibrator.margins(few[0], few[2], few[1], few[3]) > 0
     before = few[2] > few[3]
     for name, turned, colour, symbol in (

@@ -314,24 +314,20 @@ class CalibratedRewardModel:
     def _classify(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         import torch
 
+        from labkit.rlhf.rewards import classifier_scores
+
         rows = [self._encoded(p, c) for p, c in zip(prompts, completions, strict=True)]
         # Longest first, so that a batch pads little; scores go back into their places.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         scores = [0.0] * len(rows)
-        device, was_training = self.rm.device, self.rm.training
+        was_training = self.rm.training
         self.rm.eval()
         try:
             for begin in range(0, len(order), self.batch_size):
                 chosen = order[begin : begin + self.batch_size]
-                width = len(rows[chosen[0]])
-                ids = torch.full((len(chosen), width), self.rm.config.pad_token_id or 0)
-                mask = torch.zeros_like(ids)
-                for line, row in enumerate(chosen):
-                    ids[line, : len(rows[row])] = torch.tensor(rows[row])
-                    mask[line, : len(rows[row])] = 1
                 with torch.inference_mode():
-                    logits = self.rm(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                for row, value in zip(chosen, logits[:, 0].float().tolist(), strict=True):
+                    found = classifier_scores(self.rm, [rows[row] for row in chosen])
+                for row, value in zip(chosen, found.tolist(), strict=True):
                     scores[row] = value
         finally:
             self.rm.train(was_training)

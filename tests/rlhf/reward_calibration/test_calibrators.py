@@ -201,7 +201,11 @@ def test_plots_need_no_data(scored):
     fit = rlhf.LowessCalibrator().fit(*scored)
     assert len(fit.plot().data) == 1
     assert len(fit.plot(*scored).data) == 2
-    figure = rc.flips_figure((scored[0][:300], scored[0][300:]), (scored[1][:300], scored[1][300:]), fit)
+    halves = tuple((part[:300], part[300:]) for part in scored)
+    figure = rc.flips_figure(*halves, fit, xaxis={"title": "characters"})
+    assert figure.layout.xaxis.title.text == "characters"
+    assert figure.data[0].name == "answers"
+    assert rc.flips_figure(*halves, fit, shown=100).data[0].name == "answers (100 of 300 pairs)"
     assert {trace.name for trace in figure.data} >= {"wrong, now right", "right, now wrong"}
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from labkit import rlhf
+from labkit import papers, rlhf
+from labkit.lab import claims
 from labkit.testbeds import alpacaeval, biased_rewards, data, recorded
 
 pytestmark = [
@@ -48,6 +49,26 @@ def test_leaderboard_figures(measured, window, alpha, wanted, game):
     found = [measured["leaderboard"][window][name][column] for name in REFERENCES]
     assert found == pytest.approx(wanted, abs=0.0015)
     assert measured["leaderboard"][window]["gameability"][column] == pytest.approx(game, abs=0.0015)
+
+
+def test_the_values_of_the_claims_are_the_recorded_ones(measured):
+    found = alpacaeval.gains(measured)
+    assert found == pytest.approx(alpacaeval.gains(recorded.read("reward_calibration")), abs=2e-4)
+    table = alpacaeval.leaderboard()
+    rates, lengths = table.win_rate.to_numpy(), table.length.to_numpy()
+    raw, half, full = (
+        alpacaeval.reference_correlations(table, rlhf.calibrate_leaderboard(rates, lengths, 0.7, 0, alpha))
+        for alpha in (0.0, 0.5, 1.0)
+    )
+    helped = {name for name in raw if half[name] > raw[name]}
+    assert helped == set(REFERENCES) - {"Arena, Aug 2024"}
+    assert found["half"] == pytest.approx(min(half[name] - raw[name] for name in helped), abs=2e-4)
+    assert found["full"] == pytest.approx(max(full[name] - raw[name] for name in raw), abs=2e-4)
+    paper = papers.load("reward_calibration")
+    ids = {"judge": "judge-nearer-to-lc", "half": "half-strength-helps", "full": "full-strength-hurts"}
+    for name, claim in ids.items():
+        verdict = claims.judge(paper.claim(claim), "laptop", [found[name]])
+        assert verdict.verdict == claims.REPRODUCED, claim
 
 
 def test_full_strength_takes_quality_away(measured):
