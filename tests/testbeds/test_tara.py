@@ -242,7 +242,9 @@ def test_the_record():
     record = recorded.read("themis")
     for part in ("train", "test"):
         facts = record["facts"]["calculator"][part]
-        assert [sum(counts) for counts in zip(*facts["replies"].values(), strict=True)] == [facts["pairs"]] * 2
+        assert [sum(counts) for counts in zip(*facts["replies"].values(), strict=True)] == [
+            facts["pairs"]
+        ] * 2
     assert set(record["judged"]["single"]) == {*tara.TASKS, "average"}
     assert {line["task"] for line in record["replay"]} >= {"calendar_test", "calculator_train", "code_test"}
     assert len(record["planner"]["exact"]) == len(record["planner"]["seeds"]) == 3
