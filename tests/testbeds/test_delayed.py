@@ -70,6 +70,8 @@ def test_the_record_holds_all_runs_and_the_code_still_begins_them(monkeypatch: p
     assert record["updates"] == delayed_sweep.UPDATES
     assert {"torch", "commit"} <= set(record["environment"])
     assert list(record["scores"]) == list(delayed_sweep.ARMS)
+    shown = [arm for rows in delayed_sweep.ROWS.values() for arm in rows.values()]
+    assert sorted(shown) == sorted(delayed_sweep.ARMS)
     for runs in record["scores"].values():
         assert [len(runs[str(seed)]) for seed in delayed_sweep.SEEDS] == [delayed_sweep.UPDATES] * 3
     monkeypatch.setattr(delayed_sweep, "UPDATES", 4)
@@ -111,3 +113,31 @@ def test_groups_of_a_made_up_language_rise_as_its_table_says() -> None:
         for place in range(2, 11):  # the last token is alone
             assert (found[place] > found[place - 1]) == (likely[place - 1] < likely[place - 2])
     assert rule.table.exp().sum(1).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_groups_of_a_made_up_grammar_are_small_constituents_of_its_tree() -> None:
+    rule = delayed_sweep.BondParse(vocab=5)
+    tokens = torch.randint(5, (3, 30), generator=torch.Generator().manual_seed(0))
+    ids = rule(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    for row, found in zip(tokens.tolist(), ids.tolist(), strict=True):
+        bonds = [float(rule.bonds[a, b]) for a, b in pairwise(row)]
+        sizes = []
+
+        def cut(first: int, last: int, bonds: list[float] = bonds, sizes: list[int] = sizes) -> None:
+            size = last - first
+            if size == 1 and sizes:  # a lone token joins the group before it
+                sizes[-1] += 1
+            elif size < 5:
+                sizes.append(size)
+            else:
+                loosest = min(bonds[first : last - 1])
+                places = [i + 1 for i in range(first, last - 1) if bonds[i] == loosest]
+                place = min(places, key=lambda i: abs(2 * i - first - last))
+                cut(first, place)
+                cut(place, last)
+
+        cut(0, 30)
+        expected = [group for group, size in enumerate(sizes) for _ in range(size)]
+        if sizes[-1] > 1:  # the last token is alone
+            expected[-1] += 1
+        assert found == expected
