@@ -1,19 +1,19 @@
 """Everything that is recorded of the released tool-augmented reward data.
 
 ``python -m labkit.testbeds.tara_record`` measures it, in about nine minutes on one core, and writes
-``recordings/themis.json``.
+``recordings/themis.json``; `judged` alone, what tools are worth to a linear reward, takes two and a half.
 The data is found by :func:`labkit.testbeds.data.find` under the name ``themis``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import sklearn
 import torch
 
 from labkit.lab.bench import environment
@@ -22,17 +22,37 @@ from labkit.rlhf.themis.replaying import ANSWERS
 from labkit.testbeds import data, recorded, tara_planner, tara_rewards
 from labkit.testbeds.tara import FINAL, TASKS, Pair, bank, read
 
+#: What the calculator's replies begin with, by what they say of an answer's sums and of the number at its end.
+_REPLIES = {
+    "nothing wrong": "Both the calculation and the answer are correct",
+    "right sums, another end": "The calculation process is correct, but",
+    "wrong sums": "The calculation process is incorrect, but",
+    "wrong sums, another end": "Both the calculation and the answer are incorrect",
+    "no number": "No valid answer",
+}
 
-def _facts(pairs: Sequence[Pair]) -> dict[str, float]:
+
+def _replies(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """How many better and how many worse answers get each of the calculator's replies."""
+    return {
+        name: [sum(pair.observations[which].startswith(said) for pair in pairs) for which in (0, 1)]
+        for name, said in _REPLIES.items()
+    }
+
+
+def _facts(pairs: Sequence[Pair]) -> dict[str, Any]:
     ends = [[FINAL.findall(answer) for answer in pair.answers] for pair in pairs]
-    same_end = {"same final number": round(float(np.mean([a == b for a, b in ends])), 3)}
+    sums = {
+        "same final number": round(float(np.mean([a == b for a, b in ends])), 3),
+        "replies": _replies(pairs),
+    }
     return {
         "pairs": len(pairs),
         "longer better answer": round(
             float(np.mean([len(p.answers[0]) > len(p.answers[1]) for p in pairs])), 3
         ),
         "same observation": round(float(np.mean([p.observations[0] == p.observations[1] for p in pairs])), 3),
-        **(same_end if pairs[0].task == "calculator" else {}),
+        **(sums if pairs[0].task == "calculator" else {}),
     }
 
 
@@ -65,6 +85,21 @@ def _lines(table: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
 def _seconds() -> float:
     """CPU seconds of this process and the programs that it ran."""
     return sum(os.times()[:4])
+
+
+def judged(trainings: Sequence[str] = ("single",)) -> dict[str, Any]:
+    """What tools are worth to a linear reward on the released pairs, measured now: 2.5 minutes, mostly of code.
+
+    See :func:`labkit.testbeds.tara_rewards.judged`.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without the data.
+    """
+    tools = bank()
+    train, test = ({task: read(task, name, tools) for task in TASKS} for name in ("train", "test"))
+    return tara_rewards.judged(train, test, trainings)
 
 
 def measure(done: Callable[[dict[str, Any]], Any] = lambda found: None) -> dict[str, Any]:
@@ -120,7 +155,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     where = environment() | {
-        "scikit-learn": sklearn.__version__,
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
         "data": "TARA, commit 1601b5f6 of ernie-research/Tool-Augmented-Reward-Model",
     }
 

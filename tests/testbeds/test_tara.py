@@ -222,8 +222,29 @@ def test_every_call_must_be_the_stored_one(monkeypatch):
     assert found[2]["observation"] == "Tuesday\nTuesday"
 
 
+def test_every_reply_of_the_calculator_is_counted_once():
+    bank = ToolBank([Calculator(strict=True)])
+    answers = {
+        "nothing wrong": "<<2+3=5>>5\n#### 5",
+        "right sums, another end": "<<2+3=5>>5\n#### 6",
+        "wrong sums": "<<2+3=6>>6\n#### 5",
+        "wrong sums, another end": "<<2+3=6>>6\n#### 6",
+        "no number": "<<2+3=5>>5\n#### five",
+    }
+    told = {name: bank.call("calculator", text, {"answer": text}) for name, text in answers.items()}
+    for name, reply in told.items():
+        counted = tara_record._replies([Pair("calculator", "?", ("", ""), (reply, told["no number"]))])
+        assert [key for key, (better, _) in counted.items() if better] == [name]
+        assert [key for key, (_, worse) in counted.items() if worse] == ["no number"]
+
+
 def test_the_record():
     record = recorded.read("themis")
+    for part in ("train", "test"):
+        facts = record["facts"]["calculator"][part]
+        assert [sum(counts) for counts in zip(*facts["replies"].values(), strict=True)] == [
+            facts["pairs"]
+        ] * 2
     assert set(record["judged"]["single"]) == {*tara.TASKS, "average"}
     assert {line["task"] for line in record["replay"]} >= {"calendar_test", "calculator_train", "code_test"}
     assert len(record["planner"]["exact"]) == len(record["planner"]["seeds"]) == 3
@@ -273,6 +294,14 @@ def test_the_calculator_is_told_the_right_number(fresh):
         strength = kept["strengths"]["single"]["tool"]["calculator"]
         found = BradleyTerry(True, (strength,)).fit(pairs).accuracy(fresh["test"]["calculator"])
         assert found == pytest.approx(kept["single"]["calculator"]["tool"], abs=0.03)
+
+
+@pytest.mark.realdata
+@real
+def test_the_calculators_replies_come_back(fresh):
+    facts = recorded.read("themis")["facts"]["calculator"]
+    for part in ("train", "test"):
+        assert tara_record._replies(fresh[part]["calculator"]) == facts[part]["replies"]
 
 
 @pytest.mark.realdata
