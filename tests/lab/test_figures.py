@@ -156,6 +156,9 @@ def test_bars_group_and_lie_down():
     fig = figures.bars(groups, title="Which?", value_title="accuracy", category_title="budget")
     assert [trace.name for trace in fig.data if trace.type == "bar"] == ["ours", "other"]
     assert fig.layout.scattermode == "group"
+    lying = figures.bars(groups, title="Which?", value_title="accuracy", horizontal=True)
+    # Points and labels lie on their own bars only when they say that they lie.
+    assert {trace.orientation for trace in lying.data} == {"h"}
     many = figures.bars(
         {f"a method of long name {i}": [i, i + 1] for i in range(9)}, title="?", value_title="s"
     )

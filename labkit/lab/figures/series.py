@@ -213,7 +213,7 @@ def bars(
     for series, items in nested.items():
         stats = {category: _column(f"{series}, {category}", v, band) for category, v in items.items()}
         shades = [paint[category if not grouped[0] else series] for category in stats]
-        common = {"legendgroup": series, "offsetgroup": series}
+        common = {"legendgroup": series, "offsetgroup": series, "orientation": "h" if horizontal else "v"}
         means = [mean for _, mean, _, _ in stats.values()]
         highs = [max(high, *seeds) for seeds, _, _, high in stats.values()]
         tops += [v for seeds, _, low, high in stats.values() for v in (*seeds, low, high)]
@@ -232,7 +232,6 @@ def bars(
             + "</extra>",
             marker={"color": [look.mix(shade, "#FFFFFF", 0.55) for shade in shades], "line_width": 0},
             name=series,
-            orientation="h" if horizontal else "v",
             showlegend=False,
             **common,
         )
