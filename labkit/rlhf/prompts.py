@@ -36,10 +36,13 @@ class Prompts:
         self.batches = DatasetBatches(dataset, batch, collate=list, seed=seed)
         self.tokenizer = tokenizer
         first = dataset[0]
-        self.columns = self._columns(0, first)
-        if isinstance(dataset, list | tuple):
-            for number, row in enumerate(dataset):
-                self._columns(number, row)
+        columns = _columns(0, first)
+        for number, row in enumerate(dataset if isinstance(dataset, list | tuple) else ()):
+            if (found := _columns(number, row)) != columns:
+                raise ValueError(
+                    f"row {number} of train_dataset has the columns {sorted(found)}, the first has {sorted(columns)}: give "
+                    "all rows the same"
+                )
         taken = sorted({"prompts", "completions", "completion_ids", "prompt_ids"} & set(first))
         if taken:
             raise ValueError(
@@ -50,27 +53,6 @@ class Prompts:
                 "the column 'prompt' holds text: pass processing_class=tokenizer, or give 'input_ids'"
             )
         self._ids(first)  # raises what a chat template has to say
-
-    def _columns(self, number: int, row: Any) -> set[str]:
-        """Columns of a row, which are those of the first."""
-        if not isinstance(row, Mapping):
-            raise TypeError(
-                f"rows of train_dataset must be mappings with a column 'prompt' or 'input_ids', got "
-                f"{type(row).__name__} as row {number}"
-            )
-        columns = set(row)
-        if not {"prompt", "input_ids"} & columns:
-            raise ValueError(
-                f"row {number} of train_dataset has the columns {sorted(columns)}: it needs 'prompt' (text or messages) or "
-                "'input_ids'"
-            )
-        wanted = getattr(self, "columns", columns)
-        if columns != wanted:
-            raise ValueError(
-                f"row {number} of train_dataset has the columns {sorted(columns)}, the first has {sorted(wanted)}: give all "
-                "rows the same"
-            )
-        return columns
 
     def rows(
         self, iteration: int, first: int, last: int
@@ -102,6 +84,22 @@ class Prompts:
     def _text(self, ids: Any) -> Any:
         numbers = [int(i) for i in ids]
         return numbers if self.tokenizer is None else self.tokenizer.decode(numbers)
+
+
+def _columns(number: int, row: Any) -> set[str]:
+    """Columns of a row that can be a prompt."""
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"rows of train_dataset must be mappings with a column 'prompt' or 'input_ids', got {type(row).__name__} as row "
+            f"{number}"
+        )
+    columns = set(row)
+    if not {"prompt", "input_ids"} & columns:
+        raise ValueError(
+            f"row {number} of train_dataset has the columns {sorted(columns)}: it needs 'prompt' (text or messages) or "
+            "'input_ids'"
+        )
+    return columns
 
 
 def end_tokens(config: PPOConfig, tokenizer: Any, policy: Any) -> list[int]:

@@ -259,7 +259,8 @@ class Responses(NamedTuple):
 @contextmanager
 def _own_generation_config(*models: Any) -> Iterator[None]:
     """Models without wishes of their own: ``generate`` fills in from them whatever it is not given."""
-    kept = [(model, model.generation_config) for model in models if hasattr(model, "generation_config")]
+    # Their own attributes only: a peft model shows that of the model inside, and would hide it with one of its own.
+    kept = [(model, model.generation_config) for model in models if "generation_config" in vars(model)]
     try:
         for model, _ in kept:
             model.generation_config = GenerationConfig()

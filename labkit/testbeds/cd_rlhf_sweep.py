@@ -12,7 +12,6 @@ Five change the learning rate of the curiosity network, which the notebook has a
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections import Counter
@@ -331,16 +330,11 @@ def add(arm: str, seed: int, updates: int = UPDATES) -> float:
 
 def main() -> None:
     """Train what the record lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
-    fresh = parser.parse_args().fresh
     torch.set_num_threads(1)
-    runs: dict[str, dict[str, dict[str, float]]] = {}
-    begins: dict[str, dict[str, list[float]]] = {}
-    sums: dict[str, dict[str, float]] = {}
-    if not fresh and (recorded.FOLDER / f"{RECORD}.json").is_file():
-        record = recorded.read(RECORD)
-        runs, begins, sums = record["runs"], record["begins"], record["sums"]
+    record = recorded.resumed(RECORD, __doc__)
+    runs: dict[str, dict[str, dict[str, float]]] = record.get("runs", {})
+    begins: dict[str, dict[str, list[float]]] = record.get("begins", {})
+    sums: dict[str, dict[str, float]] = record.get("sums", {})
 
     def note(*what: Any) -> None:
         ordered = {arm: runs[arm] for arm in ARMS if arm in runs}

@@ -17,7 +17,6 @@ recorded as well.
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
 from typing import Any
 
@@ -226,13 +225,8 @@ def train(arm: str, seed: int) -> list[float]:
 
 def main() -> None:
     """Train what the record lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
-    fresh = parser.parse_args().fresh
     torch.set_num_threads(1)
-    scores: dict[str, dict[str, list[float]]] = {}
-    if not fresh and (recorded.FOLDER / "ma_rlhf.json").is_file():
-        scores = recorded.read("ma_rlhf")["scores"]
+    scores: dict[str, dict[str, list[float]]] = recorded.resumed("ma_rlhf", __doc__).get("scores", {})
     for arm in ARMS:
         for seed in SEEDS:
             if str(seed) not in scores.setdefault(arm, {}):

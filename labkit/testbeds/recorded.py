@@ -6,8 +6,9 @@ say how to run it anew.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,29 @@ def read(name: str) -> dict[str, Any]:
         raise ValueError(f"no record is called {name!r}. There are: {names}")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
+
+
+def resumed(name: str, doc: str | None, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a recording script goes on from: the record, or nothing where there is none or ``--fresh`` is asked for.
+
+    Parameters
+    ----------
+    name : str
+        Of the record.
+    doc : str
+        The script's docstring, for ``--help``.
+    arguments : sequence of str, optional
+        Instead of the command line's.
+
+    Examples
+    --------
+    >>> resumed("hft", "Measures.", ["--fresh"]), sorted(resumed("hft", "Measures.", []))
+    ({}, ['environment', 'sequences', 'sweep'])
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
+    fresh = parser.parse_args(arguments).fresh
+    return {} if fresh or not (FOLDER / f"{name}.json").is_file() else read(name)
 
 
 def write(name: str, values: Mapping[str, Any], environment: Mapping[str, Any]) -> Path:

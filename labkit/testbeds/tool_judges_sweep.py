@@ -6,7 +6,6 @@ run, so that a sweep that was stopped goes on where it was; ``--fresh`` begins a
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -48,13 +47,8 @@ def measure(arm: str, seed: int, tests: int = 150) -> dict[str, float]:
 
 def main() -> None:
     """Train what the record lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="forget what is recorded")
-    fresh = parser.parse_args().fresh
     torch.set_num_threads(1)
-    record: dict[str, dict[str, dict[str, float]]] = {}
-    if not fresh and (recorded.FOLDER / f"{RECORD}.json").is_file():
-        record = recorded.read(RECORD)["arms"]
+    record: dict[str, dict[str, dict[str, float]]] = recorded.resumed(RECORD, __doc__).get("arms", {})
     for arm in ARMS:
         for seed in SEEDS:
             if str(seed) not in record.setdefault(arm, {}):

@@ -729,7 +729,9 @@ def test_the_models_own_generation_config_does_not_bend_what_is_sampled() -> Non
     inner = policy()
     inner.generation_config.suppress_tokens = list(range(1, 10))
     adapted = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = vars(adapted).keys() | set()
     assert torch.equal(trainer(adapted).collect(0).tokens, one.tokens)
+    assert vars(adapted).keys() == before  # else it would hide later changes of the model inside
     asked = trainer(policy(), settings=config(generation={"suppress_tokens": [7]})).collect(0)
     assert not (asked.tokens == 7).any()
 

@@ -163,9 +163,8 @@ class Reader:
             return {}
         end = self.tokenizer.eos_token or ""
         ids, mask, tokens = self._encode([text + end for text in texts.values()])
-        if (
-            self.limit is not None and ids.shape[1] > self.limit
-        ):  # padded on the left: only what is too long loses
+        if self.limit is not None and ids.shape[1] > self.limit:
+            # Rows are padded on the left, so only those that are too long lose their beginning.
             ids, mask, past = ids[:, -self.limit :], mask[:, -self.limit :], None
         else:
             past = self._take(list(texts), tokens) if self.model.pooling == "last" else None
